@@ -1,0 +1,230 @@
+"""Recipes: YAML → typed settings. A recipe is found by name in the package, or is a path to a YAML file."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diptych.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Data(Section):
+    """Pictures and their captions.
+
+    path: a file or folder (COCO captions, Karpathy's JSON, JSONL, CSV, pictures with .txt); images: where its pictures
+    lie, when not beside it. train, val, test: names of splits; hold_out: without a val split, this many training
+    pictures are kept for validation. captions: "one" a picture an epoch, or "all". max_tokens: of a caption.
+    cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "none" at every step.
+    """
+
+    path: str | None = None
+    images: str | None = None
+    train: str | None = "train"
+    val: str | None = "val"
+    test: str | None = "test"
+    hold_out: int = Field(0, ge=0)
+    limit: int | None = Field(None, gt=0)
+    captions: Literal["one", "all"] = "one"
+    max_tokens: int = Field(32, gt=2)
+    cache: Literal["memory", "none"] = "memory"
+    workers: int = Field(0, ge=0)
+
+
+class Encoder(Section):
+    """name: "starter" (EfficientNet-Lite0 with ImageNet weights, from the package registry), "timm:NAME",
+    "hf:FOLDER", "eva" or "clip" (LAVIS's towers). weights: a file; size: side in pixels, when not the model's own."""
+
+    name: str = "starter"
+    weights: str | None = None
+    size: int | None = Field(None, gt=0)
+    frozen: bool = True
+
+
+class QFormer(Section):
+    """start: "starter" (6-layer MiniLM, width 384), a BERT folder or hub id to initialise from, or "random" with
+    `width`, `heads`. layers: None takes all of the start's. tokenizer: a folder or hub id; the start's own when None.
+    """
+
+    start: str = "starter"
+    tokenizer: str | None = None
+    layers: int | None = Field(None, gt=0)
+    width: int = Field(768, gt=0)
+    heads: int = Field(12, gt=0)
+    queries: int = Field(32, gt=0)
+    cross_every: int = Field(2, gt=0)
+    embed: int = Field(256, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    temperature: float = Field(0.07, gt=0)
+
+
+class Objectives(Section):
+    """Weights of contrast (ITC), matching (ITM) and language modelling (LM); 0 turns one off.
+
+    matching_share: the share of a batch's rows that matching takes on.
+    """
+
+    itc: float = Field(1.0, ge=0)
+    itm: float = Field(1.0, ge=0)
+    lm: float = Field(1.0, ge=0)
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    matching_share: float = Field(1.0, gt=0, le=1)
+
+
+class Train(Section):
+    """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
+    to `final_lr` times `lr`. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the machine
+    computes it fast, else float32."""
+
+    batch: int = Field(64, gt=1)
+    epochs: int = Field(10, gt=0)
+    steps: int | None = Field(None, gt=0)
+    lr: float = Field(1e-4, gt=0)
+    final_lr: float = Field(0.01, ge=0, le=1)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_last: int = Field(0, ge=0)
+    seed: int = 0
+    log_every: int = Field(10, gt=0)
+    save_every: int = Field(0, ge=0)
+
+
+class Evaluation(Section):
+    """On the validation split while training (`every` epochs; 0 = at the end only), on the test split by `eval`.
+
+    rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM, or by ITM + ITC. captions: how many
+    pictures are captioned; beams: 1 = greedy. limit: pictures evaluated, None = all.
+    """
+
+    every: int = Field(0, ge=0)
+    batch: int = Field(64, gt=0)
+    limit: int | None = Field(None, gt=0)
+    rerank: int = Field(16, ge=0)
+    combine: Literal["itm", "itm+itc"] = "itm+itc"
+    captions: int = Field(100, ge=0)
+    beams: int = Field(3, gt=0)
+    max_length: int = Field(30, gt=1)
+    min_length: int = Field(4, gt=0)
+
+
+class Settings(Section):
+    """One run, whole. out: its folder."""
+
+    program: Literal["stage1"] = "stage1"
+    about: str = ""
+    out: str = "runs/stage1"
+    data: Data = Field(default_factory=Data)
+    image_encoder: Encoder = Field(default_factory=Encoder)
+    qformer: QFormer = Field(default_factory=QFormer)
+    objectives: Objectives = Field(default_factory=Objectives)
+    train: Train = Field(default_factory=Train)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        if not (self.objectives.itc or self.objectives.itm or self.objectives.lm):
+            raise ValueError("objectives: itc, itm and lm are all 0, so nothing would be learned")
+        if self.data.cache == "memory" and not self.image_encoder.frozen:
+            raise ValueError("data.cache=memory needs image_encoder.frozen=true; set data.cache=none to train it")
+        return self
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _shelf().iterdir() if f.name.endswith(".yaml"))
+
+
+def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Settings of a recipe, by name or path, with `key=value` overrides (`train.lr=3e-4`)."""
+    tree = _read(recipe)
+    for override in overrides:
+        _put(tree, override)
+    return parse(tree, recipe)
+
+
+def parse(tree: Any, where: str) -> Settings:
+    """Typed settings from a YAML tree; a UserError names the key that is wrong, and the nearest right one."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: a recipe is a YAML mapping of settings, not {type(tree).__name__}")
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_plain(error)}") from None
+
+
+def dump(settings: Settings) -> str:
+    """YAML that `parse` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _shelf():
+    return resources.files("diptych") / "recipes"
+
+
+def _read(recipe: str) -> Any:
+    file = Path(recipe)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        if not file.is_file():
+            raise UserError(f"{recipe}: no such recipe file; the package's own are {', '.join(recipes())}")
+        text = file.read_text(encoding="utf-8")
+    elif recipe in recipes():
+        text = (_shelf() / f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        known = recipes()
+        raise UserError(f"no recipe '{recipe}'{nearest(recipe, known)}; there are {', '.join(known)}, or give a .yaml")
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{recipe}: not YAML{f', line {mark.line + 1}' if mark else ''}") from None
+
+
+def keys(model: type[BaseModel] = Settings, before: str = "") -> list[str]:
+    """Every dotted key."""
+    found = []
+    for name, info in model.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{before}{name}.")
+        else:
+            found.append(before + name)
+    return found
+
+
+def _put(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"'{override}': settings are given as key=value, such as train.lr=3e-4")
+    if key not in keys():
+        known = keys()
+        tails = [k for k in known if k.endswith("." + key)]
+        hint = f"; did you mean '{tails[0]}'?" if len(tails) == 1 else nearest(key, known)
+        raise UserError(f"'{key}': there is no such setting{hint}")
+    *path, last = key.split(".")
+    for name in path:
+        tree = tree.setdefault(name, {})
+    # "1e-4" and the like stay text in YAML 1.1; typed fields turn them into numbers
+    tree[last] = yaml.safe_load(value) if value else None
+
+
+def _plain(error: ValidationError) -> str:
+    """The first fault of a validation, in one line."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"'{key}': there is no such setting{nearest(key, keys())}"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    given = fault.get("input")
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"'{key}': {message}, not {given!r}"

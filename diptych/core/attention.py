@@ -1,0 +1,148 @@
+"""All attention arithmetic, once.
+
+B batch, R rows that look, P pictures looked at, H heads, T positions that look, N positions looked at, D width,
+d width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.core.config import StackConfig
+
+if TYPE_CHECKING:
+    from diptych.core.memory import BlockMemory, BlockPast
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v over (B, H, ·, d), the fused kernel.
+
+    `mask` is True where a query may look; a query that may look at nothing gets zeros and finite gradients.
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class Tap:
+    """Watches one or more attention modules from outside: what they looked at, and the gradient of that.
+
+    While the block is open the modules take the plain path, and after a pass `scores` and `probabilities` hold one
+    (B, H, T, N) tensor for each module, in the order given; ask `retain_grad()` of them before a backward pass.
+    `edit` may return other probabilities (a head mask, an ablation).
+
+        with Tap(block.cross) as tap:
+            loss = model(...)
+            tap.probabilities[0].retain_grad()
+    """
+
+    def __init__(self, *modules: Attention, edit: Edit | None = None):
+        self.modules, self.edit = modules, edit
+        self.scores: list[Tensor | None] = [None] * len(modules)
+        self.probabilities: list[Tensor | None] = [None] * len(modules)
+
+    def __enter__(self) -> Tap:
+        for module in self.modules:
+            module.tap = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module in self.modules:
+            module.tap = None
+
+    def attend(
+        self, module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """`attend`, written out so that its inside can be seen; dropout falls on the probabilities as in the kernel."""
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        shown = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        probabilities = shown.softmax(-1)
+        if mask is not None:  # a row that may look at nothing would otherwise look everywhere alike
+            probabilities = probabilities.masked_fill(~mask, 0.0)
+        if self.edit is not None:
+            probabilities = self.edit(probabilities)
+        place = self.modules.index(module)
+        self.scores[place], self.probabilities[place] = scores, probabilities
+        return F.dropout(probabilities, module.dropout, module.training) @ v
+
+
+class Attention(nn.Module):
+    """Self-attention: (B, T, D) → (B, T, D).
+
+    `score_bias(q, k, q_positions, k_positions)` is added to the scores; q and k are (B, H, ·, d) so that a bias may
+    depend on what is said (BERT's relative keys) as well as on where.
+    """
+
+    def __init__(self, config: StackConfig, context_width: int | None = None, score_bias: nn.Module | None = None):
+        super().__init__()
+        self.heads = config.heads
+        self.head_width = config.head_width or config.width // config.heads
+        inner, context = self.heads * self.head_width, context_width or config.width
+        self.q = nn.Linear(config.width, inner, bias="q" in config.bias)
+        self.k = nn.Linear(context, inner, bias="k" in config.bias)
+        self.v = nn.Linear(context, inner, bias="v" in config.bias)
+        self.o = nn.Linear(inner, config.width, bias="o" in config.bias)
+        self.score_bias = score_bias
+        self.dropout = config.attention_dropout
+        self.tap: Tap | None = None
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, N, H·d) → (B, H, N, d)."""
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, N, d) of what is looked at, (B, N, context width)."""
+        return self.split(self.k(context)), self.split(self.v(context))
+
+    def look(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """What (B, H, T, d) queries find, (B, H, T, d); through the tap while one is attached."""
+        if self.tap is not None:
+            return self.tap.attend(self, q, k, v, mask, bias)
+        return attend(q, k, v, mask, bias, self.dropout if self.training else 0.0)
+
+    def merge(self, found: Tensor) -> Tensor:
+        """(B, H, T, d) → (B, T, D), through the output projection."""
+        return self.o(found.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        past: BlockPast | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        q = self.split(self.q(x))
+        k, v = self.project(x)
+        if past is not None:
+            k, v = past.extend(k, v)
+        bias = None
+        if self.score_bias is not None and positions is not None:
+            bias = self.score_bias(q, k, *positions)
+        return self.merge(self.look(q, k, v, mask, bias))
+
+
+class CrossAttention(Attention):
+    """Attention to a `Memory`: it never sees pictures, only the keys and values that its own `project` made."""
+
+    def forward(self, x: Tensor, memory: BlockMemory) -> Tensor:  # ty: ignore[invalid-method-override]
+        q, (k, v), mask = self.split(self.q(x)), memory.kv, memory.mask
+        if memory.rows is None:
+            return self.merge(self.look(q, k, v, mask))
+        if self.tap is not None:  # what each row looked at, row by row
+            at = memory.rows.index
+            return self.merge(self.look(q, k[at], v[at], None if mask is None else mask[at]))
+        return self.merge(memory.rows.attend(self.look, q, k, v, mask))

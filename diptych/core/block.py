@@ -1,0 +1,163 @@
+"""One transformer block, and the Q-Former's.
+
+B batch, T positions, Q query tokens (the leading positions of a Q-Former's input), D width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from diptych.core.attention import Attention, CrossAttention
+from diptych.core.config import StackConfig
+from diptych.core.memory import BlockMemory, BlockPast
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
+
+
+class MLP(nn.Module):
+    """(…, D) → (…, mlp) → (…, D)."""
+
+    def __init__(self, config: StackConfig):
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.down = nn.Linear(config.mlp, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on a branch (CaiT, EVA)."""
+
+    def __init__(self, width: int, start: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Leaves the whole branch out for a row with probability `rate`, in training (stochastic depth)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+class PreNorm(nn.Module):
+    """x + drop(scale(branch(norm(x))))."""
+
+    def __init__(self, config: StackConfig, drop_path: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.scale = nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale)
+        self.drop = DropPath(drop_path) if drop_path else nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
+        return x + self.drop(self.scale(branch(self.norm(x), *context)))
+
+
+class PostNorm(nn.Module):
+    """norm(x + drop(branch(x)))."""
+
+    def __init__(self, config: StackConfig, drop_path: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.drop = DropPath(drop_path) if drop_path else nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
+        return self.norm(x + self.drop(branch(x, *context)))
+
+
+RESIDUALS = {"pre": PreNorm, "post": PostNorm}
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where the config has one, feed-forward; each a residual branch."""
+
+    cross_attention = CrossAttention
+
+    def __init__(self, config: StackConfig, number: int, score_bias: nn.Module | None = None):
+        super().__init__()
+        residual = partial(RESIDUALS[config.norm], config, config.drop_path * number / max(config.layers - 1, 1))
+        self.attn = Attention(config, score_bias=score_bias)
+        self.attn_residual = residual()
+        self.cross = self.cross_attention(config, config.context_width) if config.has_cross(number) else None
+        self.cross_residual = residual() if config.has_cross(number) else None
+        self.mlp = MLP(config)
+        self.mlp_residual = residual()
+
+    def project(self, context: Tensor):
+        """What this block's cross-attention keeps of a context (P, N, context width); None without one."""
+        return None if self.cross is None else self.cross.project(context)
+
+    def look(self, x: Tensor, memory: BlockMemory | None) -> Tensor:
+        """The cross-attention branch, for all positions of `x`."""
+        if self.cross is None or self.cross_residual is None or memory is None:
+            return x
+        return self.cross_residual(x, self.cross, memory)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: BlockMemory | None = None,
+        past: BlockPast | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        x = self.attn_residual(x, self.attn, mask, past, positions)
+        x = self.look(x, memory)
+        return self.mlp_residual(x, self.mlp)
+
+
+class QueryBlock(Block):
+    """The Q-Former's block: queries and text share self-attention; queries alone look at the picture and have a
+    feed-forward of their own (Li et al. 2023, BLIP-2, fig. 2). The leading `memory.lookers` positions are queries;
+    without a memory all are text."""
+
+    def __init__(self, config: StackConfig, number: int, score_bias: nn.Module | None = None):
+        super().__init__(config, number, score_bias)
+        self.query_mlp = MLP(config)
+        self.query_mlp_residual = RESIDUALS[config.norm](config)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: BlockMemory | None = None,
+        past: BlockPast | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        x = self.attn_residual(x, self.attn, mask, past, positions)
+        if memory is None:
+            return self.mlp_residual(x, self.mlp)
+        count = x.shape[1] if memory.lookers is None else memory.lookers
+        queries, text = x[:, :count], x[:, count:]
+        queries = self.query_mlp_residual(self.look(queries, memory), self.query_mlp)
+        if not text.shape[1]:
+            return queries
+        return torch.cat([queries, self.mlp_residual(text, self.mlp)], 1)

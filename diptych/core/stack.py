@@ -1,0 +1,69 @@
+"""The stack: blocks one after another, the one transformer that every family is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diptych.core.block import Block
+from diptych.core.config import StackConfig
+from diptych.core.memory import Memory, Past
+
+
+class Stack(nn.Module):
+    """(B, T, D) → (B, T, D).
+
+    block: the kind of block. score_bias: number of a block → the module that biases its self-attention's scores.
+    """
+
+    def __init__(
+        self,
+        config: StackConfig,
+        block: type[Block] = Block,
+        score_bias: Callable[[int], nn.Module | None] = lambda number: None,
+    ):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(block(config, i, score_bias(i)) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else nn.Identity()
+        self.checkpoint_last = 0  # this many blocks, counted from the last, recompute their inside in the backward pass
+
+    def project(self, context: Tensor, mask: Tensor | None = None, lookers: int | None = None) -> Memory:
+        """The `Memory` of a context (P, N, context width), once for all passes that will look at it.
+
+        mask (P, N): non-zero where there is something to see. lookers: how many leading positions will look.
+        """
+        seen = None if mask is None else mask.bool()[:, None, None, :]
+        pictures = context.shape[0] if isinstance(context, Tensor) else context[0].shape[0]
+        return Memory(tuple(b.project(context) for b in self.blocks), seen, None, lookers, pictures)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        past: Past | None = None,
+        positions: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """mask: True where a position may look, broadcastable to (B, H, T, n + T), with n keys of `past` first.
+        positions: (1 or B, T), where tokens stand, for a score bias; counted on from the past by default.
+        tokens: (B, T), non-zero for real tokens, which `past` notes for later passes; all real by default.
+        """
+        length = x.shape[1]
+        if positions is None:
+            positions = (past or Past([])).step(length, x.device)
+        keys = positions
+        if past is not None and past.positions is not None:
+            batch = max(positions.shape[0], past.positions.shape[0])
+            keys = torch.cat([past.positions.expand(batch, -1), positions.expand(batch, -1)], 1)
+        first = len(self.blocks) - self.checkpoint_last if self.training else len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            context = (mask, memory and memory.block(i), past and past.block(i), (positions, keys))
+            x = checkpoint(block, x, *context, use_reentrant=False) if i >= first else block(x, *context)
+        if past is not None:
+            past.advance(x.new_ones(x.shape[:2]) if tokens is None else tokens, positions)
+        return self.norm(x)

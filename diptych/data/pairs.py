@@ -1,0 +1,134 @@
+"""Batches of pictures and captions, each a function of the step alone, so that a run can go on from any step.
+
+b rows of a batch, T text tokens, N image tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diptych.data.records import Record
+from diptych.data.transforms import Transform, open_picture
+from diptych.errors import UserError
+from diptych.text.tokenizer import Tokenizer
+
+
+@dataclass
+class PairBatch:
+    """Pictures and one caption each. Row r of `ids`, `mask` (b, T) describes picture r.
+
+    pixels (b, 3, h, w), or None with `tokens` (b, N, D) where features were made beforehand. image_id, caption_id (b,):
+    equal numbers mean the same picture, the same words. step, first_row: where in the run and in the global batch.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    image_id: Tensor
+    caption_id: Tensor
+    pixels: Tensor | None = None
+    tokens: Tensor | None = None
+    step: int = 0
+    first_row: int = 0
+
+    def to(self, device: torch.device) -> PairBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+
+
+class Pictures(Protocol):
+    """Where a batch's pictures come from: `rows(indices)` gives the `pixels` or the `tokens` of those records."""
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+
+
+class Files:
+    """Pictures read and transformed at each step."""
+
+    def __init__(self, records: Sequence[Record], transform: Transform):
+        self.records, self.transform = records, transform
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return {"pixels": torch.stack([self.one(i) for i in indices])}
+
+    def one(self, index: int) -> Tensor:
+        record = self.records[index]
+        return self.transform(open_picture(record.image, record.where))
+
+
+class Features:
+    """Image tokens (n, N, D) made once by a frozen encoder, one row a record."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return {"tokens": self.tokens[torch.as_tensor(indices)].float()}
+
+
+def number(name: int | str) -> int:
+    """A 63-bit number for an id or a caption: equal for equal names, and otherwise different for all we will see."""
+    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class PairSteps(Dataset):
+    """Step number → `PairBatch`. Each epoch is a permutation keyed by (seed, epoch); a short last batch is left out.
+
+    captions: "one" of each picture's an epoch, drawn afresh; "all" of them.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        pictures: Pictures,
+        tokenizer: Tokenizer,
+        batch: int,
+        captions: str = "one",
+        max_tokens: int = 32,
+        seed: int = 0,
+    ):
+        self.records, self.pictures, self.tokenizer = records, pictures, tokenizer
+        self.captions, self.max_tokens, self.seed = captions, max_tokens, seed
+        rows = len(records) if captions == "one" else sum(len(r.captions) for r in records)
+        if rows < 2:
+            raise UserError("training needs at least two pictures with captions: contrast compares them")
+        self.batch = min(batch, rows)
+        self.steps_per_epoch = rows // self.batch
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(rows, 2): which record, which of its captions, in the order of that epoch."""
+        draw = np.random.default_rng([self.seed, epoch])
+        if self.captions == "one":
+            counts = np.array([len(r.captions) for r in self.records])
+            pairs = np.stack([np.arange(len(counts)), draw.integers(counts)], 1)
+        else:
+            pairs = np.array([(i, j) for i, r in enumerate(self.records) for j in range(len(r.captions))])
+        return draw.permutation(pairs)
+
+    def __getitem__(self, step: int) -> PairBatch:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        records = [self.records[i] for i, _ in chosen]
+        texts = [r.captions[j] for r, (_, j) in zip(records, chosen, strict=True)]
+        ids, mask = self.tokenizer.encode(texts, self.max_tokens)
+        return PairBatch(
+            ids,
+            mask,
+            torch.tensor([number(r.image_id) for r in records]),
+            torch.tensor([number(" ".join(t.lower().split())) for t in texts]),
+            step=step,
+            **self.pictures.rows([int(i) for i, _ in chosen]),
+        )
+
+    def read(self, start: int, stop: int, workers: int = 0) -> Iterator[PairBatch]:
+        """The batches of steps start … stop, in order, prepared by `workers` processes."""
+        yield from DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)

@@ -1,0 +1,117 @@
+"""Which file a path means, and its text, lines or JSON; whatever is wrong with the file as a whole is said here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diptych.data.readers.faults import listed
+from diptych.errors import UserError, nearest
+
+SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
+FORMATS = {  # format → the kinds of file that may hold it
+    "coco": ("json",),
+    "karpathy": ("json",),
+    "jsonl": ("jsonl", "json"),
+    "csv": ("csv",),
+    "folder": (),
+}
+
+
+def locate(path: str | Path, split: str | None, format: str) -> Path:
+    """The annotations file that `path` names, or `path` itself when it is a folder of pictures with .txt files.
+
+    A folder gives `<split>.json` (.jsonl, .csv, .tsv) if it has that, else its only annotations file, else its
+    sub-folder `<split>`, else itself. Raises UserError when there is nothing, or several files to choose from.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise UserError(f"format '{format}' is unknown (known: auto, {', '.join(FORMATS)}){nearest(format, FORMATS)}")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} is not there{_neighbour(path)}")
+    if format == "folder":
+        if not path.is_dir():
+            raise UserError(f"{path} is a file, and format 'folder' wants a folder: leave out format=")
+        return _sub_folder(path, split) or path
+    if path.is_file():
+        if format == "auto" and path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path} has a suffix unknown here: give one of {', '.join(SUFFIXES)}, or say format=")
+        return path
+    kinds = FORMATS[format] if format != "auto" else tuple(SUFFIXES.values())
+    files = annotation_files(path, kinds)
+    named = [file for file in files if file.stem == split]
+    found = named if len(named) == 1 else files
+    if not found and _sub_folder(path, split):
+        return locate(path / str(split), None, format)
+    if len(found) > 1:
+        names = listed([file.name for file in found])
+        raise UserError(f"{path} holds several annotations files ({names}): name one, as data.{split or 'train'}="
+                        f"{found[0]}")  # fmt: skip
+    if not found and format != "auto":
+        suffixes = " or ".join(suffix for suffix, kind in SUFFIXES.items() if kind in kinds)
+        raise UserError(f"{path} holds no {suffixes} file to read as format '{format}'")
+    return found[0] if found else path
+
+
+def annotation_files(folder: Path, kinds: tuple[str, ...] = ("json", "jsonl", "csv")) -> list[Path]:
+    """The files of `folder` itself whose suffix is of one of `kinds`, sorted, without hidden ones."""
+    found = (file for file in folder.iterdir() if SUFFIXES.get(file.suffix.lower()) in kinds)
+    return sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+
+
+def _sub_folder(path: Path, split: str | None) -> Path | None:
+    return path / split if split and (path / split).is_dir() else None
+
+
+def _neighbour(path: Path) -> str:
+    """What to do about a path that is not there: the nearest name beside it, or the folder that is missing."""
+    if not path.parent.is_dir():
+        return f", nor is the folder {path.parent}"
+    return nearest(path.name, sorted(entry.name for entry in path.parent.iterdir())) or ": check the path"
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark, their ends kept. Raises UserError by line."""
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(file, number, error) from None
+
+
+def load_json(file: Path) -> Any:
+    """The content of a JSON file, or `None` where it holds one JSON value a line, which is JSON lines by another name.
+
+    Raises UserError with line and column where the file is not JSON.
+    """
+    with _opened(file) as stream:
+        raw = stream.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, raw[: error.start].count(b"\n") + 1, error) from None
+    if not text.strip():
+        raise UserError(f"{file} is empty")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.colno == 1 and text.lstrip().startswith("{"):
+            return None
+        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{file} is nested too deep to be read as captions") from None
+
+
+def _opened(file: Path):
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise UserError(f"{file} cannot be opened: {error.strerror}") from None
+
+
+def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> UserError:
+    byte = f"0x{error.object[error.start]:02x}"
+    return UserError(f"{file}, line {line}: byte {byte} is not UTF-8: save the file as UTF-8")

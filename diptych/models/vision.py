@@ -1,0 +1,214 @@
+"""Image encoders: our own towers (ViT, EVA, CLIP's) and any timm or Hugging Face model, behind one small interface.
+
+B batch, N tokens (prefix tokens first, then the grid row by row), D width, h × w the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.core.config import StackConfig
+from diptych.core.stack import Stack
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """tokens (B, N, D); grid (h, w); prefix: tokens before the grid (class, registers); mask (B, N), None = all seen."""
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    prefix: int = 0
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an encoder wants its pictures: side in pixels, mean and deviation a channel, and how they are scaled.
+
+    fit: "crop" scales the short side to side / crop_share and takes the centre; "squash" scales both sides to `size`.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"
+    fit: str = "squash"
+    crop_share: float = 1.0
+
+
+class ImageEncoder(Protocol):
+    """Pictures (B, 3, height, width) → `ImageTokens`; `width` is D, `spec` says how pictures are to be prepared."""
+
+    width: int
+    spec: ImageSpec
+
+    def __call__(self, pixels: Tensor) -> ImageTokens: ...
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """stack: the transformer. norm_patches: a norm before the first block (CLIP). patch_bias: of the convolution.
+
+    relative_bias: each block has a `RelativePositionBias`. align_corners: how positions stretch, see `stretch`.
+    """
+
+    stack: StackConfig
+    image_size: int
+    patch: int
+    class_token: bool = True
+    norm_patches: bool = False
+    patch_bias: bool = True
+    relative_bias: bool = False
+    align_corners: bool = False
+
+
+def relative_positions(side: int) -> Tensor:
+    """(1 + side², 1 + side²) rows of a relative position table: one a displacement, then class → patch, patch →
+    class and class → class (Bao et al. 2022, BEiT)."""
+    place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+    down, right = place[:, :, None] - place[:, None, :] + side - 1
+    span = 2 * side - 1
+    index = F.pad(down * span + right, (1, 0, 1, 0), value=span * span)
+    index[1:, 0] = span * span + 1
+    index[0, 0] = span * span + 2
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """Added to the scores of a `side` × `side` grid after a class token: a learned number a head and displacement."""
+
+    def __init__(self, side: int, heads: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, heads))
+        self.register_buffer("index", relative_positions(side), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        """Positions (1 or B, T) and (1 or B, N) → (1 or B, H, T, N)."""
+        if q.shape[2] != self.index.shape[0]:
+            raise ValueError(f"{q.shape[2]} tokens, and the relative position bias is for {self.index.shape[0]}")
+        rows = self.index[q_positions[:, :, None], k_positions[:, None, :]]
+        return self.table[rows].permute(0, 3, 1, 2)
+
+
+def layer_id(name: str, layers: int) -> int:
+    """Depth of a `VisionTransformer`'s parameter for layer-wise decay: 0 for what comes before the blocks, i + 1 in
+    block i, `layers` after them. The learning rate's factor is decay ** (layers + 1 − id) (Clark et al. 2020, ELECTRA).
+    """
+    if name.startswith("stack.blocks."):
+        return int(name.split(".")[2]) + 1
+    return layers if name.startswith("stack.") else 0
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al. 2021), and with other configs EVA's and CLIP's towers."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        stack, side = config.stack, config.image_size // config.patch
+        self.config, self.width, self.spec = config, stack.width, ImageSpec(config.image_size)
+        self.patches = nn.Conv2d(3, stack.width, config.patch, config.patch, bias=config.patch_bias)
+        self.prefix = int(config.class_token)
+        self.class_token = nn.Parameter(torch.randn(stack.width) * 0.02) if config.class_token else None
+        self.position = nn.Parameter(torch.randn(self.prefix + side * side, stack.width) * 0.02)
+        self.norm = nn.LayerNorm(stack.width, eps=stack.eps) if config.norm_patches else nn.Identity()
+        self.drop = nn.Dropout(stack.dropout)
+        self.align_corners = config.align_corners
+        bias = partial(RelativePositionBias, side, stack.heads) if config.relative_bias else lambda: None
+        self.stack = Stack(stack, score_bias=lambda number: bias())
+
+    def forward(self, pixels: Tensor) -> ImageTokens:
+        """pixels: (B, 3, height, width), both sides multiples of the patch; positions stretch to the grid."""
+        x = self.patches(pixels)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)
+        x = self.drop(self.norm(x + stretch(self.position, grid, self.prefix, self.align_corners)))
+        return ImageTokens(self.stack(x), grid, self.prefix)
+
+
+def stretch(position: Tensor, grid: tuple[int, int], prefix: int, align_corners: bool = False) -> Tensor:
+    """Position table (prefix + s², D) for another grid: bicubic over the square, prefix rows as they are.
+
+    align_corners: LAVIS stretches its CLIP tower's table with True and its EVA tower's with False.
+    """
+    table = position[prefix:]
+    side = round(table.shape[0] ** 0.5)
+    if grid == (side, side):
+        return position
+    square = table.T.reshape(1, -1, side, side).float()
+    square = F.interpolate(square, size=grid, mode="bicubic", align_corners=align_corners)
+    return torch.cat([position[:prefix], square.flatten(2)[0].T.to(position.dtype)])
+
+
+class TimmEncoder(nn.Module):
+    """Any timm model: a transformer's tokens, or a convolution tower's last map as one token a cell.
+
+    name: timm's; weights: a file (a timm checkpoint), or None for random ones; size: side in pixels when not its own.
+    Nothing is downloaded.
+    """
+
+    def __init__(self, name: str, size: int | None = None):
+        super().__init__()
+        import timm
+
+        self.model = timm.create_model(name, pretrained=False, num_classes=0)
+        settings = timm.data.resolve_model_data_config(self.model)
+        side = size or settings["input_size"][-1]
+        self.spec = ImageSpec(
+            side, settings["mean"], settings["std"], settings["interpolation"], "crop", settings["crop_pct"]
+        )
+        self.width = self.model.num_features
+        self.prefix = getattr(self.model, "num_prefix_tokens", 0)
+        self.channels_last = _ends_with_channels(self.model)
+
+    def forward(self, pixels: Tensor) -> ImageTokens:
+        x = self.model.forward_features(pixels)
+        if x.dim() == 3:
+            return ImageTokens(x, _grid(x.shape[1] - self.prefix, pixels), self.prefix)
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        return ImageTokens(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+
+
+def _ends_with_channels(model: nn.Module) -> bool:
+    """Whether a timm tower's feature map is (B, h, w, D), as Swin's is, and not (B, D, h, w)."""
+    return getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+
+def _grid(tokens: int, pixels: Tensor) -> tuple[int, int]:
+    """(h, w) of `tokens` patches over pictures (B, 3, height, width), of the same aspect."""
+    height, width = pixels.shape[-2:]
+    h = max(1, round((tokens * height / width) ** 0.5))
+    if tokens % h:
+        raise ValueError(f"{tokens} tokens are no grid over a picture of {height} × {width}")
+    return h, tokens // h
+
+
+class HFEncoder(nn.Module):
+    """Any Hugging Face vision model whose output has `last_hidden_state`: tokens (B, N, D), or a map (B, D, h, w).
+
+    model: built by the caller; spec: how its pictures are prepared (its image processor's figures).
+    """
+
+    def __init__(self, model: nn.Module, spec: ImageSpec):
+        super().__init__()
+        self.model, self.spec = model, spec
+        config = model.config
+        self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+
+    def forward(self, pixels: Tensor) -> ImageTokens:
+        x = self.model(pixel_values=pixels).last_hidden_state
+        if x.dim() == 4:
+            return ImageTokens(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+        patch = getattr(self.model.config, "patch_size", None)
+        if patch is None:
+            return ImageTokens(x, _grid(x.shape[1], pixels))
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        return ImageTokens(x, grid, x.shape[1] - grid[0] * grid[1])

@@ -1,0 +1,87 @@
+"""Gathering over processes, in one place, and means over the whole global batch.
+
+b rows of this process, B rows of all (in order of rank), W processes. Without a process group all of it is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, W)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def counts(rows: int, device: torch.device) -> list[int]:
+    """How many rows each process has."""
+    _, size = world()
+    if size == 1:
+        return [rows]
+    every = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(size)]
+    dist.all_gather(every, torch.tensor([rows], device=device))
+    return [int(n) for n in every]
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: rows of all processes. Backward: the gradients that all processes hold for our rows, summed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: list[int]) -> Tensor:  # ty: ignore[invalid-method-override]
+        rank, size = world()
+        ctx.rows, ctx.start = rows[rank], sum(rows[:rank])
+        most = max(rows)
+        # gloo and NCCL gather equal shapes; short batches are filled up and cut again
+        padded = x.new_zeros((most, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        every = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(every, padded)
+        return torch.cat([part[:n] for part, n in zip(every, rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # ty: ignore[invalid-method-override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.start : ctx.start + ctx.rows], None
+
+
+def gather(x: Tensor, differentiable: bool = True) -> Tensor:
+    """(b, …) → (B, …), rows of every process in order of rank; b may differ between processes.
+
+    Differentiable: the gradient of our rows is the sum of what every process's loss says of them, so that a mean of
+    parameter gradients over processes (DDP, FSDP) is the gradient of the mean of losses. Otherwise a constant, our
+    own rows included.
+    """
+    if not differentiable:
+        x = x.detach()
+    _, size = world()
+    if size == 1:
+        return x
+    rows = counts(x.shape[0], x.device)
+    return _Gather.apply(x, rows)
+
+
+def gather_padded(x: Tensor, fill: int = 0) -> Tensor:
+    """(b, T) of this process's own length T → (B, longest T), filled up on the right."""
+    _, size = world()
+    if size == 1:
+        return x
+    longest = torch.tensor([x.shape[1]], device=x.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return gather(torch.nn.functional.pad(x, (0, int(longest) - x.shape[1]), value=fill), differentiable=False)
+
+
+def mean(total: Tensor, count: Tensor | int, over: str = "global") -> Tensor:
+    """`total` / `count`, so that averaging gradients over processes gives the gradient of the mean over all rows.
+
+    over: "global" divides by the count of all processes; "rank" by this process's own (what LAVIS and BLIP do).
+    """
+    count = torch.as_tensor(count, dtype=torch.float64, device=total.device)
+    _, size = world()
+    if over == "global" and size > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+        return total * (size / count.clamp(min=1)).to(total.dtype)
+    return total / count.clamp(min=1).to(total.dtype)

@@ -1,0 +1,103 @@
+"""BERT's WordPiece with BLIP's added tokens, over the `tokenizers` library.
+
+R texts, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer as Rust
+from tokenizers.implementations import BertWordPieceTokenizer
+from torch import Tensor
+
+from diptych.errors import UserError
+
+START, ENCODE = "[DEC]", "[ENC]"  # BLIP's: a text to be written, a text to be matched
+
+
+class Tokenizer:
+    """Texts ↔ ids. `size` counts the added tokens too; `pad`, `cls`, `sep`, `unk` and `start` ([DEC]) are ids."""
+
+    def __init__(self, rust: Rust, added: Iterable[str] = (START,)):
+        self.rust = rust
+        rust.no_padding()
+        rust.no_truncation()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        absent = [token for token in special if rust.token_to_id(token) is None]
+        if absent:
+            raise UserError(f"the tokenizer is not BERT's: it has no {', '.join(absent)}")
+        rust.add_special_tokens([*special, *added])
+        self.pad, self.unk, self.cls, self.sep, self.mask = (rust.token_to_id(token) for token in special)
+        self.size = rust.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def start(self) -> int:
+        return self.id(START)
+
+    def id(self, token: str) -> int:
+        number = self.rust.token_to_id(token)
+        if number is None:
+            raise KeyError(f"the tokenizer has no {token}")
+        return number
+
+    @classmethod
+    def from_words(cls, words: Iterable[str], added: Iterable[str] = (START,)) -> Tokenizer:
+        """From a vocabulary in order of ids, lowercased."""
+        vocabulary = {word: i for i, word in enumerate(words)}
+        return cls(BertWordPieceTokenizer(vocabulary, lowercase=True)._tokenizer, added)
+
+    @classmethod
+    def load(cls, path: str | Path, added: Iterable[str] = (START,)) -> Tokenizer:
+        """From a folder with tokenizer.json or vocab.txt, or either file, or a hub id that a user named."""
+        path = Path(path)
+        for file in (path, path / "tokenizer.json", path / "vocab.txt"):
+            if file.is_file() and file.suffix == ".json":
+                return cls(Rust.from_file(str(file)), added)
+            if file.is_file():
+                return cls.from_words(file.read_text(encoding="utf-8").splitlines(), added)
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            raise UserError(f"{path}: no tokenizer there (tokenizer.json or vocab.txt is wanted)")
+        from huggingface_hub import hf_hub_download
+
+        return cls(Rust.from_file(hf_hub_download(str(path), "tokenizer.json")), added)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, which `load` reads."""
+        self.rust.save(str(Path(folder) / "tokenizer.json"))
+
+    def encode(self, texts: list[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """ids and mask, (R, T): [CLS] … [SEP], cut to `longest` tokens, padded to the longest of these texts."""
+        rows = self.rows(texts, longest)
+        width = max((len(row) for row in rows), default=0)
+        ids = np.full((len(rows), width), self.pad, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def rows(self, texts: list[str], longest: int | None = None) -> list[list[int]]:
+        """The ids of each text, unpadded; a text that is cut keeps its [SEP]."""
+        rows = [encoding.ids for encoding in self.rust.encode_batch(list(texts))]
+        if longest is None:
+            return rows
+        return [row if len(row) <= longest else [*row[: longest - 1], self.sep] for row in rows]
+
+    def decode(self, ids: Tensor | list[int]) -> str:
+        """The text up to the first [SEP], special tokens left out."""
+        row = [int(i) for i in ids]
+        return self.rust.decode(row[: row.index(self.sep)] if self.sep in row else row, skip_special_tokens=True)
+
+    def unknown_share(self, texts: Iterable[str]) -> float:
+        """Share of the texts' words (as split before WordPiece) that become [UNK]."""
+        encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
+        words = unknown = 0
+        for encoding in encodings:
+            starts = {word: token for word, token in zip(encoding.word_ids, encoding.ids, strict=True) if word is not None}
+            words += len(starts)
+            unknown += sum(token == self.unk for token in starts.values())
+        return unknown / max(words, 1)

@@ -1,0 +1,103 @@
+"""From settings to the things themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from diptych.checkpoints import starter
+from diptych.config import Settings
+from diptych.core.config import StackConfig
+from diptych.core.surgery import freeze
+from diptych.data.readers import read
+from diptych.data.records import Record, hold_out
+from diptych.errors import UserError
+from diptych.models.blip2 import Stage1Config, Stage1Model
+from diptych.models.qformer import QFormerConfig
+from diptych.text.tokenizer import Tokenizer
+from diptych.train.programs import Stage1, Stage1Objectives
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Built:
+    program: Stage1
+    tokenizer: Tokenizer
+
+
+def splits(settings: Settings) -> dict[str, list[Record]]:
+    """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them."""
+    data = settings.data
+    if data.path is None:
+        raise UserError("data.path is not set: give your captions file or folder, as data.path=PATH")
+
+    def part(name: str | None) -> list[Record]:
+        return read(data.path, images=data.images, split=name, limit=data.limit)
+
+    found = {"train": part(data.train)}
+    if data.hold_out:
+        found["train"], found["val"] = hold_out(found["train"], data.hold_out, seed=0)
+    elif data.val:
+        found["val"] = part(data.val)
+    if data.test:
+        found["test"] = part(data.test)
+    return found
+
+
+def tokenizer(settings: Settings) -> Tokenizer:
+    chosen = settings.qformer
+    if chosen.tokenizer:
+        return Tokenizer.load(chosen.tokenizer)
+    if chosen.start in ("starter", "random"):
+        return Tokenizer.load(starter.text_folder())
+    return Tokenizer.load(chosen.start)
+
+
+def image_encoder(settings: Settings) -> nn.Module:
+    """The encoder the settings name, with its weights; frozen where they say so."""
+    from diptych.models import zoo
+
+    chosen = settings.image_encoder
+    if chosen.name == "starter":
+        encoder = starter.image_encoder(chosen.size)
+    else:
+        encoder = zoo.image_encoder(chosen.name, chosen.size)
+        if chosen.weights:
+            zoo.fill(encoder, chosen.weights)
+    return freeze(encoder) if chosen.frozen else encoder
+
+
+def build(settings: Settings, say: Say = lambda line: None, initialise: bool = True) -> Built:
+    """The program, from random numbers keyed by the seed and, with `initialise`, from the start that settings name."""
+    from diptych.checkpoints.starts import bert_shape, start_from_bert
+
+    torch.manual_seed(settings.train.seed)
+    chosen, words, encoder = settings.qformer, tokenizer(settings), image_encoder(settings)
+    folder = {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
+    shape = bert_shape(folder) if folder else None
+    stack = StackConfig(
+        width=shape.stack.width if shape else chosen.width,
+        layers=chosen.layers or (shape.stack.layers if shape else 12),
+        heads=shape.stack.heads if shape else chosen.heads,
+        mlp=shape.stack.mlp if shape else 4 * chosen.width,
+        norm="post",
+        eps=shape.stack.eps if shape else 1e-12,
+        final_norm=False,
+        cross_every=chosen.cross_every,
+        context_width=encoder.width,
+        dropout=chosen.dropout,
+        attention_dropout=chosen.dropout,
+    )
+    positions = shape.positions if shape else 512
+    qformer = QFormerConfig(stack, chosen.queries, words.size, positions, words.pad)
+    model = Stage1Model(Stage1Config(qformer, chosen.embed, chosen.temperature))
+    if folder and initialise:
+        for line in start_from_bert(model, folder):
+            say(line)
+    on = settings.objectives
+    objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share)
+    return Built(Stage1(encoder, model, objectives, words.start, settings.train.seed), words)

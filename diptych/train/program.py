@@ -1,0 +1,48 @@
+"""What every trainable thing is to the loop: a model and its objectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diptych.core.surgery import is_frozen
+
+
+class Program(nn.Module):
+    """`encode` makes a batch's embeddings, `loss` its losses from them; `forward` is the two in a row.
+
+    The cut between the two is where embeddings of several chunks can be gathered before one loss (GradCache).
+    `before_step` and `after_step` run once an optimizer step, not once a forward.
+    """
+
+    def encode(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+    def loss(self, embeddings: Any, batch: Any) -> dict[str, Tensor]:
+        """Each objective's scalar by name, and their weighted sum under "loss"."""
+        raise NotImplementedError
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.loss(self.encode(batch), batch)
+
+    def before_step(self) -> None:
+        """Called before the first forward of an optimizer step."""
+
+    def after_step(self) -> None:
+        """Called after an optimizer step."""
+
+    def train(self, mode: bool = True) -> Program:
+        """As torch's, except that what is frozen stays in eval mode."""
+        super().train(mode)
+        for child in self.children():
+            if any(True for _ in child.parameters()) and is_frozen(child):
+                child.eval()
+        return self
+
+
+def run_frozen(module: nn.Module, *inputs: Tensor) -> Any:
+    """`module(*inputs)`, without a graph where nothing in it is trained."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(module)):
+        return module(*inputs)

@@ -1,0 +1,159 @@
+"""The programs: one class a way of training, each a model and its objectives.
+
+b rows of this process, B rows of all, Q query tokens, E embedding, T text tokens, N image tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.core.memory import Memory, Past
+from diptych.data.pairs import PairBatch
+from diptych.models.blip2 import Stage1Model
+from diptych.models.vision import ImageTokens
+from diptych.objectives import contrastive, gather, language, matching
+from diptych.objectives.draws import choose, uniforms
+from diptych.objectives.targets import Ids
+from diptych.train.program import Program, run_frozen
+
+
+@dataclass(frozen=True)
+class Stage1Objectives:
+    """Weights of the three (0 = off, and not computed) and how they are taken.
+
+    matching_share: the share of rows that ITM takes on, for machines where it is too dear to take all.
+    mean: over the "global" batch, or over each "rank" and then over ranks as LAVIS does. detach_gathered: LAVIS's
+    contrast, in which other processes' embeddings are constants.
+    """
+
+    itc: float = 1.0
+    itm: float = 1.0
+    lm: float = 1.0
+    smoothing: float = 0.1
+    matching_share: float = 1.0
+    mean: Literal["global", "rank"] = "global"
+    detach_gathered: bool = False
+
+
+@dataclass
+class Stage1Embeddings:
+    """normed (b, N, D) image tokens, their memory, the past that captions go on from; pictures (b, Q, E), texts (b, E)."""
+
+    normed: Tensor
+    memory: Memory
+    past: Past
+    pictures: Tensor
+    texts: Tensor
+
+
+class Stage1(Program):
+    """BLIP-2's first stage: contrast, matching and language modelling over one projection of each picture."""
+
+    def __init__(
+        self,
+        image_encoder: nn.Module | None,
+        model: Stage1Model,
+        objectives: Stage1Objectives,
+        start_id: int,
+        seed: int = 0,
+    ):
+        """image_encoder: may be None where every batch brings `tokens`. start_id: [DEC], which begins a caption."""
+        super().__init__()
+        self.image_encoder, self.model = image_encoder, model
+        self.objectives, self.start_id, self.seed = objectives, start_id, seed
+
+    def look(self, batch: PairBatch) -> ImageTokens:
+        if batch.tokens is not None:
+            return ImageTokens(batch.tokens, (0, 0))
+        if self.image_encoder is None:
+            raise ValueError("a batch of pixels needs an image encoder")
+        return run_frozen(self.image_encoder, batch.pixels)
+
+    def encode(self, batch: PairBatch) -> Stage1Embeddings:
+        seen = self.look(batch)
+        normed = self.model.picture_norm(seen.tokens.to(self.model.picture_norm.weight.dtype))
+        memory = self.model.qformer.project(normed, seen.mask)
+        hidden, past = self.model.qformer.queries(memory)
+        texts = self.model.embed_texts(batch.ids, batch.mask)
+        return Stage1Embeddings(normed, memory, past, self.model.embed_pictures(hidden), texts)
+
+    def loss(self, embeddings: Stage1Embeddings, batch: PairBatch) -> dict[str, Tensor]:
+        on, losses = self.objectives, {}
+        to_text, to_image = self.similarities(embeddings)
+        if on.itc:
+            losses["itc"] = self.contrast(to_text, to_image, batch)
+        if on.itm:
+            losses["itm"] = self.matching(embeddings, to_text, to_image, batch)
+        if on.lm:
+            losses["lm"] = self.captioning(embeddings.past, batch)
+        losses["loss"] = sum(getattr(on, name) * value for name, value in losses.items())
+        return losses
+
+    def similarities(self, embeddings: Stage1Embeddings) -> tuple[Tensor, Tensor]:
+        """This process's pictures against all texts, its texts against all pictures, over the temperature: (b, B)."""
+        differentiable = not self.objectives.detach_gathered
+        all_texts = gather.gather(embeddings.texts, differentiable)
+        all_pictures = gather.gather(embeddings.pictures, differentiable)
+        to_text = contrastive.similarity(embeddings.pictures, all_texts)
+        to_image = contrastive.similarity(all_pictures, embeddings.texts).T
+        return to_text / self.model.temperature, to_image / self.model.temperature
+
+    def contrast(self, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
+        targets = Ids(batch.image_id, gather.gather(batch.image_id))
+        rows = contrastive.itc(to_text, to_image, targets, targets, self.objectives.smoothing)
+        return gather.mean(rows.sum(), rows.numel(), self.objectives.mean)
+
+    def draw(self, weights: Tensor, batch: PairBatch, stream: str) -> Tensor:
+        """One column a row of weights (b, B), keyed by (seed, step, global row); a test may put its own in place."""
+        point = uniforms(self.seed, batch.step, stream, batch.first_row, weights.shape[0])
+        return choose(weights, point.to(weights.device))
+
+    def matching(self, embeddings: Stage1Embeddings, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
+        rank, _ = gather.world()
+        first = sum(gather.counts(batch.ids.shape[0], batch.ids.device)[:rank])
+        count = max(1, round(self.objectives.matching_share * batch.ids.shape[0]))
+        allowed = matching.legal(
+            batch.image_id[:count], batch.caption_id[:count], *map(gather.gather, (batch.image_id, batch.caption_id))
+        )
+        # LAVIS draws a picture for each text first, then a text for each picture
+        pictures = self.draw(matching.negative_weights(to_image[:count], allowed), batch, "negative picture")
+        texts = self.draw(matching.negative_weights(to_text[:count], allowed), batch, "negative text")
+        rows = first + torch.arange(count, device=pictures.device)
+        pictures, texts, labels = matching.matching_rows(rows, pictures, texts)
+        ids, mask = gather.gather_padded(batch.ids)[texts], gather.gather_padded(batch.mask)[texts]
+        memory = self.seen_by(embeddings, pictures, first)
+        logits = self.model.match(memory, *trimmed(ids, mask))
+        kept = torch.cat([allowed.new_ones(count), allowed.any(1), allowed.any(1)])
+        losses = matching.matching_loss(logits, labels) * kept
+        return gather.mean(losses.sum(), kept.sum(), self.objectives.mean)
+
+    def seen_by(self, embeddings: Stage1Embeddings, pictures: Tensor, first: int) -> Memory:
+        """The memory whose row r looks at picture `pictures[r]` of the global batch; our own are not projected again."""
+        memory, own = embeddings.memory, embeddings.memory.pictures
+        _, size = gather.world()
+        if size == 1:
+            return memory.at(pictures)
+        everyone = gather.gather(embeddings.normed)
+        ours = (pictures >= first) & (pictures < first + own)
+        others, place = torch.unique(pictures[~ours], return_inverse=True)
+        index = pictures - first
+        index[~ours] = own + place
+        return memory.join(self.model.qformer.project(everyone[others])).at(index)
+
+    def captioning(self, past: Past, batch: PairBatch) -> Tensor:
+        ids = batch.ids.clone()
+        ids[:, 0] = self.start_id
+        counts, labels = language.shifted(ids, batch.mask)
+        hidden = self.model.qformer.caption(past, ids, batch.mask)
+        losses = language.caption_loss(self.model.language_head(hidden[counts]), labels, self.objectives.smoothing)
+        return gather.mean(losses.sum(), losses.numel(), self.objectives.mean)
+
+
+def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the columns that are padding in every row."""
+    longest = int(mask.sum(1).max())
+    return ids[:, :longest], mask[:, :longest]
