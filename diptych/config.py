@@ -68,7 +68,7 @@ class QFormer(Section):
 class Objectives(Section):
     """Weights of contrast (ITC), matching (ITM) and language modelling (LM); 0 turns one off.
 
-    matching_share: the share of a batch's rows that matching takes on.
+    matching_share, captioning_share: the share of a batch's rows that each takes on.
     """
 
     itc: float = Field(1.0, ge=0)
@@ -76,6 +76,7 @@ class Objectives(Section):
     lm: float = Field(1.0, ge=0)
     smoothing: float = Field(0.1, ge=0, lt=1)
     matching_share: float = Field(1.0, gt=0, le=1)
+    captioning_share: float = Field(1.0, gt=0, le=1)
 
 
 class Train(Section):

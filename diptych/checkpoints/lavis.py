@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -97,9 +98,7 @@ def eva(config: VisionConfig) -> Table:
         rules.append(Rule(theirs + table, attn + "score_bias.table"))
         index = partial(relative_positions, config.image_size // config.patch)
         constants = {theirs + "attn.relative_position_index": index}
-    return Table(
-        tuple(rules), {"i": range(config.stack.layers)}, constants=constants, squares={"position": Square(1)}
-    )
+    return Table(tuple(rules), {"i": range(config.stack.layers)}, constants=constants, squares={"position": Square(1)})
 
 
 def clip(config: VisionConfig) -> Table:
@@ -126,7 +125,7 @@ def tower(config: VisionConfig) -> Table:
     """The table of whichever of LAVIS's towers `config` describes; UserError for one that LAVIS has not."""
     stack = config.stack
     if stack.final_norm or not config.class_token or stack.norm != "pre":
-        raise UserError("LAVIS's towers have a class token and no norm after the last block; this image encoder differs")
+        raise UserError("LAVIS's towers have a class token and no norm after the last block; this one is another kind")
     if config.norm_patches:
         return clip(config)
     return eva(config)
@@ -136,7 +135,9 @@ def stage1(vision: VisionConfig | None, config: Stage1Config) -> Table:
     """`Blip2Qformer.state_dict()` ↔ a module with children `image_encoder` (`VisionTransformer`) and `model`
     (`Stage1Model`). vision: None when the file holds no tower."""
     model = _qformer(config).under(ours="model.")
-    return model if vision is None else tower(vision).under("visual_encoder.", "image_encoder.") + model
+    if vision is None:
+        return replace(model, missing={"image_encoder.": "the file holds no image encoder"})
+    return tower(vision).under("visual_encoder.", "image_encoder.") + model
 
 
 def _qformer(config: Stage1Config) -> Table:

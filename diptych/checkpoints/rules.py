@@ -148,9 +148,11 @@ class Table:
 
     holes: what fills each hole, layers as a rule. tied, our_tied: groups of names of one tensor, the first of them
     matched by a rule; checked equal when loading, written under each name when saving (ours: always all).
-    constants: theirs that ours makes anew (index buffers); checked where present. dropped: theirs that ours can't
-    hold, and why. missing: ours that theirs can't hold, and why. older: endings of names in older files, and today's.
-    prefixes: what may stand before all their names. squares: ours that are position tables over a grid.
+    constants: theirs that ours makes anew (index buffers); checked where present. ignored: theirs that carry nothing.
+    dropped: theirs that ours can't hold, and why. missing: ours that theirs can't hold, and why; here a name that ends
+    in a dot stands for all below it. remarks: what else the format can't hold, said when saving. older: endings of
+    names in older files, and today's. prefixes: what may stand before all their names, the likeliest first. squares:
+    ours that are position tables over a grid.
     """
 
     rules: tuple[Rule, ...]
@@ -158,8 +160,10 @@ class Table:
     tied: tuple[tuple[str, ...], ...] = ()
     our_tied: tuple[tuple[str, ...], ...] = ()
     constants: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     older: Mapping[str, str] = field(default_factory=dict)
     prefixes: tuple[str, ...] = ("",)
     squares: Mapping[str, Square] = field(default_factory=dict)
@@ -179,6 +183,7 @@ class Table:
             tied=tuple(t(group) for group in self.tied),
             our_tied=tuple(o(group) for group in self.our_tied),
             constants={t(name): make for name, make in self.constants.items()},
+            ignored=tuple(t(name) for name in self.ignored),
             dropped={t(name): why for name, why in self.dropped.items()},
             missing={o(name): why for name, why in self.missing.items()},
             squares={o(name): square for name, square in self.squares.items()},
@@ -192,8 +197,10 @@ class Table:
             tied=a.tied + b.tied,
             our_tied=a.our_tied + b.our_tied,
             constants={**a.constants, **b.constants},
+            ignored=a.ignored + b.ignored,
             dropped={**a.dropped, **b.dropped},
             missing={**a.missing, **b.missing},
+            remarks=a.remarks + b.remarks,
             older={**a.older, **b.older},
             prefixes=tuple(dict.fromkeys(a.prefixes + b.prefixes)),
             squares={**a.squares, **b.squares},
@@ -205,6 +212,7 @@ class Table:
             self,
             rules=tuple(replace(rule, over={**self.holes, **rule.over}) for rule in self.rules),
             constants=self._filled(self.constants),
+            ignored=tuple(self._filled(dict.fromkeys(self.ignored))),
             dropped=self._filled(self.dropped),
             missing=self._filled(self.missing),
             holes={},
@@ -218,10 +226,18 @@ class Table:
         """Every rule, with its holes filled."""
         return [pair for rule in self.rules for pair in rule.pairs({**EVERYWHERE, **self.holes})]
 
-    def names(self) -> set[str]:
-        """Every name of theirs that this table knows."""
-        known = {name for pair in self.pairs() for name in pair.theirs} | {name for g in self.tied for name in g}
-        return known | set(self._filled(self.constants)) | set(self._filled(self.dropped))
+    def at_prefix(self, theirs: Mapping[str, Tensor], prefix: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        """Those of their tensors that stand under `prefix`, without it, and a note on the others.
+
+        None: under whichever of `prefixes` holds most of what this table knows.
+        """
+        if prefix is None:
+            known = {name for pair in self.pairs() for name in pair.theirs}
+            today = self._renamed(theirs)
+            prefix = max(self.prefixes, key=lambda p: sum(name.removeprefix(p) in known for name in today if p in name))
+        inside = {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
+        outside = [name for name in theirs if not name.startswith(prefix)]
+        return inside, _notes("left out", dict.fromkeys(outside, f"not under '{prefix}'"))
 
     def load(self, theirs: Mapping[str, Tensor], source: str = "the checkpoint") -> tuple[dict[str, Tensor], list[str]]:
         """Their tensors by name → ours by name, and notes on what was dropped or is missing.
@@ -229,12 +245,13 @@ class Table:
         Raises UserError, naming `source` and a key, when a tensor is unknown, absent or of the wrong form.
         """
         theirs = self._untied(self._renamed(theirs), source)
-        dropped, pairs = self._filled(self.dropped), self.pairs()
-        known = {name for pair in pairs for name in pair.theirs}
         self._check_constants(theirs, source)
-        held = [name for name in theirs if name in dropped and name not in known]
-        rest = [name for name in theirs if name not in known and name not in dropped]
-        _check_names(known, rest, theirs, source)
+        pairs, dropped = self.pairs(), self._filled(self.dropped)
+        ignored = self._filled(dict.fromkeys(self.ignored, ""))
+        known = {name for pair in pairs for name in pair.theirs}
+        other = [name for name in theirs if name not in known and reason(name, ignored) is None]
+        unknown = [name for name in other if reason(name, dropped) is None]
+        _check_names(known, unknown, theirs, source)
         ours: dict[str, Tensor] = {}
         for pair in pairs:
             try:
@@ -244,20 +261,24 @@ class Table:
             ours.update(zip(pair.ours, made, strict=True))
         for first, *others in self.our_tied:
             ours.update(dict.fromkeys(others, ours[first]))
-        notes = _notes("dropped", {name: dropped[name] for name in held})
+        notes = _notes("dropped", {name: reason(name, dropped) or "" for name in other})
         return ours, notes + _notes("not in the file, kept as it was", self._filled(self.missing))
 
     def save(self, ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Our tensors by name → theirs by name, and notes on what their format can't hold.
 
-        Raises UserError when a tensor of ours has no place in the format.
+        Raises UserError when a tensor of ours has no place in the format, or the format needs one that we lack.
         """
-        missing = self._filled(self.missing)
-        pairs = self.pairs()
-        known = {name for pair in pairs for name in pair.ours} | {name for g in self.our_tied for name in g[1:]}
-        rest = [name for name in ours if name not in known and name not in missing]
-        if rest:
-            raise UserError(f"the format has no place for '{rest[0]}'{_more(rest)} of this model")
+        pairs, missing = self.pairs(), self._filled(self.missing)
+        known = {name for pair in pairs for name in pair.ours}
+        copies = {name for group in self.our_tied for name in group[1:]}
+        other = [name for name in ours if name not in known and name not in copies]
+        unknown = [name for name in other if reason(name, missing) is None]
+        if unknown:
+            raise UserError(f"the format has no place for '{unknown[0]}'{_more(unknown)} of this model")
+        absent = sorted(known - ours.keys())
+        if absent:
+            raise UserError(f"the format needs '{absent[0]}'{_more(absent)}, which this model lacks")
         theirs: dict[str, Tensor] = {}
         for pair in pairs:
             made = pair.op.save(tuple(ours[name] for name in pair.ours), len(pair.theirs))
@@ -265,7 +286,8 @@ class Table:
         for first, *others in self.tied:
             theirs.update(dict.fromkeys(others, theirs[first]))
         theirs.update({name: make() for name, make in self._filled(self.constants).items()})
-        return theirs, _notes("not written", {name: why for name, why in missing.items() if name in ours})
+        notes = _notes("not written", {name: reason(name, missing) or "" for name in other})
+        return theirs, [*notes, *self.remarks]
 
     def _renamed(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors under today's names."""
@@ -290,6 +312,13 @@ class Table:
         for name, make in self._filled(self.constants).items():
             if name in theirs and not torch.equal(theirs.pop(name), make()):
                 raise UserError(f"{source}: '{name}' is not what a model of this shape would have")
+
+
+def reason(name: str, named: Mapping[str, str]) -> str | None:
+    """Why `name` is left out, where `named` has it or something that it is below; None where it has not."""
+    if name in named:
+        return named[name]
+    return next((why for above, why in named.items() if above.endswith(".") and name.startswith(above)), None)
 
 
 def _today(name: str, older: Mapping[str, str]) -> str:

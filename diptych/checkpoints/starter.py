@@ -33,6 +33,7 @@ def image_encoder(size: int | None = None) -> TimmEncoder:
         raise UserError(f"{folder}: the starter encoder's weights are not those of EfficientNet-Lite0")
     encoder.model.load_state_dict(dict(zip(ours, theirs, strict=True)))
     side = encoder.spec.size
+    encoder.to(memory_format=torch.channels_last)  # faster on a CPU
     encoder.spec = ImageSpec(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")
     return encoder
 

@@ -111,6 +111,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_residual = residual()
 
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        """Methods that are called from outside `forward`; where weights are sharded they must find them whole."""
+        return () if self.cross is None else ("project",)
+
     def project(self, context: Tensor):
         """What this block's cross-attention keeps of a context (P, N, context width); None without one."""
         return None if self.cross is None else self.cross.project(context)

@@ -53,15 +53,14 @@ class Rows:
 
     def attend(self, look: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (R, H, T, d) against k, v (P, H, N, d) and mask (P, 1, 1, N) → (R, H, T, d)."""
-        rows, heads, length, width = q.shape
-        found = []
+        length, found = q.shape[2], []
         for source, pictures in self.rounds:
             beside = q[source.flatten()].unflatten(0, source.shape).transpose(1, 2).flatten(2, 3)
             at = (lambda t: t) if pictures is None else (lambda t, p=pictures: t[p])
             answer = look(beside, at(k), at(v), None if mask is None else at(mask))
             found.append(answer.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1))
-        if not found:
-            return q.new_zeros((rows, heads, length, width))
+        if not found:  # no rows: still of the graph, for a gradient of zeros is not the same as none (DDP waits for it)
+            return q + k[:, :, :0].sum() + v[:, :, :0].sum()
         return torch.cat(found)[self.slot] if len(found) > 1 else found[0][self.slot]
 
 
@@ -140,7 +139,14 @@ class Past:
         return replace(self, kv=list(self.kv))
 
     def block(self, number: int) -> BlockPast:
-        return BlockPast(self, number, self.kv[number])
+        return BlockPast(self.take, number, self.kv[number])
+
+    def take(self, number: int, before: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `grown`, and kept for later passes."""
+        pair, kept = self.grown(number, before, k, v), self.kv[number]
+        if kept is None or kept[0].shape[2] < pair[0].shape[2]:  # recomputing must not take back what came later
+            self.kv[number] = pair
+        return pair
 
     def grown(self, number: int, before: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of block `number`: those `before` and the new ones (B, H, T, d)."""
@@ -163,6 +169,15 @@ class Past:
             positions = torch.cat([before.expand(batch, -1), positions.expand(batch, -1)], 1)
         self.mask, self.positions = self.joined(mask), positions
         self.next_position = self.next_position + mask.shape[1]
+
+    def first(self, rows: int) -> Past:
+        """A past of the first `rows` rows alone."""
+        every = self.kv[0] is None or self.kv[0][0].shape[0] == rows
+        past = self.fork()
+        if not every:
+            past.kv = [pair and (pair[0][:rows], pair[1][:rows]) for pair in past.kv]
+            past.mask = past.mask if past.mask is None else past.mask[:rows]
+        return past
 
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from what row `rows[r]` was (beams)."""
@@ -224,14 +239,16 @@ def _with_room(kept: Tensor, room: int) -> Tensor:
 
 
 class BlockPast(NamedTuple):
-    """One block's share of a `Past`. Extending twice from the same share gives the same (gradient checkpointing)."""
+    """One block's share of a `Past`. Extending twice from the same share gives the same (gradient checkpointing).
 
-    past: Past
+    It holds the past's method and not the past: FSDP2 copies the dataclasses among a block's arguments, and what a
+    copy takes in is lost.
+    """
+
+    take: Callable[..., tuple[Tensor, Tensor]]
     number: int
     before: tuple[Tensor, Tensor] | None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, (B, H, n + T, d), with the new ones last; the past keeps them."""
-        pair = self.past.grown(self.number, self.before, k, v)
-        self.past.kv[self.number] = pair
-        return pair
+        return self.take(self.number, self.before, k, v)

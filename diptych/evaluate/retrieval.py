@@ -122,7 +122,7 @@ def ranks(scores: Scores, owner_of_column: Ids, owner_of_row: Ids) -> Tensor:
 
 
 def _block_ranks(block: Tensor, columns: Tensor, rows: Tensor, start: int, owners: Ids) -> Tensor:
-    scores = block.detach()
+    scores = block.detach().contiguous()  # a slice of a transposed matrix is read in rows from here on
     scores = scores if scores.is_floating_point() else scores.double()
     _refuse_nan(scores, start)
     right = rows.to(scores.device)[:, None] == columns.to(scores.device)[None, :]
@@ -203,7 +203,8 @@ def ceiling(image_ids: Ids, text_image_ids: Ids, texts: Sequence[Hashable]) -> d
     texts: (T,) captions, or keys equal for captions that mean the same. A model gives equal texts equal scores. So a
     picture's caption ties with its copies under other pictures, and ties count against it; and a caption asked for c
     pictures puts them in one order, so at most k of the c find theirs among the first k. Pictures that look the
-    same lower the true ceiling further; the ids can't tell.
+    same lower the true ceiling further; the ids can't tell. Ids that name what is shown, and not the file, count every
+    picture of it and every caption of it as right, and so lift the ceiling.
     """
     owners, pictures = _listed(text_image_ids), _listed(image_ids)
     if len(texts) != len(owners):
@@ -354,7 +355,7 @@ def _reordered(itc: Tensor, itm: Tensor, add_itc: bool) -> Tensor:
 
 
 def _sorted(block: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sort(block, dim=1, descending=True, stable=True)
+    return torch.sort(block.contiguous(), dim=1, descending=True, stable=True)
 
 
 def _row_blocks(scores: Scores) -> Iterable[Tensor]:

@@ -18,11 +18,13 @@ from diptych.models.qformer import QFormer, QFormerConfig
 
 @dataclass(frozen=True)
 class Stage1Config:
-    """qformer: the transformer; embed: E, the width in which pictures and texts are compared."""
+    """qformer: the transformer; embed: E, the width in which pictures and texts are compared; picture_eps: of the
+    norm over image tokens."""
 
     qformer: QFormerConfig
     embed: int = 256
     temperature: float = 0.07
+    picture_eps: float = 1e-5
 
 
 class Stage1Model(nn.Module):
@@ -31,11 +33,13 @@ class Stage1Model(nn.Module):
     The picture norm is LAVIS's `ln_vision`. `temperature` divides similarities and has shape [1].
     """
 
+    entrances = ("project", "embed_pictures", "embed_texts", "match", "step")
+
     def __init__(self, config: Stage1Config):
         super().__init__()
         self.config = config
         width = config.qformer.stack.width
-        self.picture_norm = nn.LayerNorm(config.qformer.stack.context_width or width)
+        self.picture_norm = nn.LayerNorm(config.qformer.stack.context_width or width, eps=config.picture_eps)
         self.qformer = QFormer(config.qformer)
         self.picture_projection = nn.Linear(width, config.embed)
         self.text_projection = nn.Linear(width, config.embed)

@@ -36,6 +36,8 @@ class QFormer(nn.Module):
     Queries get no position; one norm serves queries and text; text positions start at 0 whatever came before.
     """
 
+    entrances = ("project", "queries", "text", "joint", "caption")
+
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.config = config

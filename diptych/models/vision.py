@@ -19,7 +19,7 @@ from diptych.core.stack import Stack
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """tokens (B, N, D); grid (h, w); prefix: tokens before the grid (class, registers); mask (B, N), None = all seen."""
+    """tokens (B, N, D); grid (h, w); prefix: tokens before the grid (class, registers); mask (B, N), None: all seen."""
 
     tokens: Tensor
     grid: tuple[int, int]

@@ -26,7 +26,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.word = nn.Embedding(vocab, width, padding_idx=pad_id)
         self.position = nn.Embedding(positions, width)
-        self.type = nn.Embedding(types, width) if types else None
+        self.token_type = nn.Embedding(types, width) if types else None
         self.norm = nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps)
         self.drop = nn.Dropout(dropout)
 
@@ -35,12 +35,13 @@ class TextEmbeddings(nn.Module):
         if int(positions.shape[-1]) > self.position.num_embeddings:
             raise ValueError(f"{positions.shape[-1]} tokens, and the model knows {self.position.num_embeddings} positions")
         x = self.word(ids) + self.position(positions)
-        if self.type is not None:
-            x = x + self.type(torch.zeros_like(ids) if types is None else types)
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(ids) if types is None else types)
         return self.drop(self.norm(x))
 
 
 def counted(mask: Tensor, first: int = 0) -> Tensor:
-    """(B, T) positions that count real tokens alone, from `first`; a padded place gets `first` − 1 (RoBERTa, OPT)."""
+    """(B, T) positions that count real tokens alone, from `first`; a padded place gets `first` − 1 (RoBERTa, OPT), or
+    0 where that is no position (GPT-2)."""
     real = mask.long()
-    return (real.cumsum(1) * real) + first - 1
+    return (real.cumsum(1) * real + first - 1).clamp(min=0)

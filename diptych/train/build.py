@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from diptych.checkpoints import starter
+from diptych.checkpoints.starts import bert_shape, start_from_bert
 from diptych.config import Settings
 from diptych.core.config import StackConfig
-from diptych.core.surgery import freeze
 from diptych.data.readers import read
 from diptych.data.records import Record, hold_out
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
 from diptych.text.tokenizer import Tokenizer
+from diptych.train.encoders import image_encoder
 from diptych.train.programs import Stage1, Stage1Objectives
 
 Say = Callable[[str], None]
@@ -57,26 +57,10 @@ def tokenizer(settings: Settings) -> Tokenizer:
     return Tokenizer.load(chosen.start)
 
 
-def image_encoder(settings: Settings) -> nn.Module:
-    """The encoder the settings name, with its weights; frozen where they say so."""
-    from diptych.models import zoo
-
-    chosen = settings.image_encoder
-    if chosen.name == "starter":
-        encoder = starter.image_encoder(chosen.size)
-    else:
-        encoder = zoo.image_encoder(chosen.name, chosen.size)
-        if chosen.weights:
-            zoo.fill(encoder, chosen.weights)
-    return freeze(encoder) if chosen.frozen else encoder
-
-
 def build(settings: Settings, say: Say = lambda line: None, initialise: bool = True) -> Built:
     """The program, from random numbers keyed by the seed and, with `initialise`, from the start that settings name."""
-    from diptych.checkpoints.starts import bert_shape, start_from_bert
-
     torch.manual_seed(settings.train.seed)
-    chosen, words, encoder = settings.qformer, tokenizer(settings), image_encoder(settings)
+    chosen, words, encoder = settings.qformer, tokenizer(settings), image_encoder(settings.image_encoder)
     folder = {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
     shape = bert_shape(folder) if folder else None
     stack = StackConfig(
@@ -99,5 +83,5 @@ def build(settings: Settings, say: Say = lambda line: None, initialise: bool = T
         for line in start_from_bert(model, folder):
             say(line)
     on = settings.objectives
-    objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share)
+    objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share, on.captioning_share)
     return Built(Stage1(encoder, model, objectives, words.start, settings.train.seed), words)

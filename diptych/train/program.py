@@ -17,6 +17,8 @@ class Program(nn.Module):
     `before_step` and `after_step` run once an optimizer step, not once a forward.
     """
 
+    entrances = ("encode", "loss")
+
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError
 

@@ -25,7 +25,7 @@ from diptych.train.program import Program, run_frozen
 class Stage1Objectives:
     """Weights of the three (0 = off, and not computed) and how they are taken.
 
-    matching_share: the share of rows that ITM takes on, for machines where it is too dear to take all.
+    matching_share, captioning_share: the share of rows that ITM and LM take on, for machines where all are too dear.
     mean: over the "global" batch, or over each "rank" and then over ranks as LAVIS does. detach_gathered: LAVIS's
     contrast, in which other processes' embeddings are constants.
     """
@@ -35,6 +35,7 @@ class Stage1Objectives:
     lm: float = 1.0
     smoothing: float = 0.1
     matching_share: float = 1.0
+    captioning_share: float = 1.0
     mean: Literal["global", "rank"] = "global"
     detach_gathered: bool = False
 
@@ -115,7 +116,7 @@ class Stage1(Program):
     def matching(self, embeddings: Stage1Embeddings, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
         rank, _ = gather.world()
         first = sum(gather.counts(batch.ids.shape[0], batch.ids.device)[:rank])
-        count = max(1, round(self.objectives.matching_share * batch.ids.shape[0]))
+        count = share_of(self.objectives.matching_share, batch.ids.shape[0])
         allowed = matching.legal(
             batch.image_id[:count], batch.caption_id[:count], *map(gather.gather, (batch.image_id, batch.caption_id))
         )
@@ -145,12 +146,18 @@ class Stage1(Program):
         return memory.join(self.model.qformer.project(everyone[others])).at(index)
 
     def captioning(self, past: Past, batch: PairBatch) -> Tensor:
-        ids = batch.ids.clone()
+        rows = share_of(self.objectives.captioning_share, batch.ids.shape[0])
+        ids, mask = trimmed(batch.ids[:rows].clone(), batch.mask[:rows])
         ids[:, 0] = self.start_id
-        counts, labels = language.shifted(ids, batch.mask)
-        hidden = self.model.qformer.caption(past, ids, batch.mask)
+        counts, labels = language.shifted(ids, mask)
+        hidden = self.model.qformer.caption(past.first(rows), ids, mask)
         losses = language.caption_loss(self.model.language_head(hidden[counts]), labels, self.objectives.smoothing)
         return gather.mean(losses.sum(), losses.numel(), self.objectives.mean)
+
+
+def share_of(share: float, rows: int) -> int:
+    """How many of `rows` a share of them is: at least one."""
+    return max(1, round(share * rows))
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

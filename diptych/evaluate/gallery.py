@@ -1,0 +1,69 @@
+"""A picture-and-text model on a set of records: retrieval by its protocol, and captions.
+
+I pictures, T texts, Q query tokens, E embedding, N image tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diptych.data.pairs import number
+from diptych.data.records import Record
+from diptych.evaluate.inference import PictureText
+from diptych.evaluate.retrieval import Protocol, Reranked, rerank, retrieval
+from diptych.generate import Search
+from diptych.objectives.contrastive import similarity
+
+
+@dataclass
+class Gallery:
+    """Pictures and all their captions. tokens (I, N, D); texts T in order of pictures; ids (I,), text_ids (T,)."""
+
+    records: Sequence[Record]
+    tokens: Tensor
+    texts: list[str]
+    ids: Tensor
+    text_ids: Tensor
+
+    @classmethod
+    def of(cls, records: Sequence[Record], tokens: Tensor) -> Gallery:
+        ids = torch.tensor([number(r.image_id) for r in records])
+        counts = torch.tensor([len(r.captions) for r in records])
+        return cls(records, tokens, [t for r in records for t in r.captions], ids, ids.repeat_interleave(counts))
+
+
+def similarities(model: PictureText, gallery: Gallery) -> Tensor:
+    """(I, T) ITC cosines."""
+    return similarity(model.embed_tokens(gallery.tokens), model.embed_texts(gallery.texts))
+
+
+def by_itc(scores: Tensor, gallery: Gallery) -> dict:
+    """Recall both ways, ranked by ITC."""
+    return retrieval(scores, gallery.ids, gallery.text_ids, Protocol.of(gallery.ids, gallery.text_ids), gallery.texts)
+
+
+def reranked(model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: str) -> tuple[dict, Reranked]:
+    """Recall both ways with each row's `top` by ITC re-ranked by ITM, or by ITM + ITC; and the scores."""
+    protocol = Protocol.of(gallery.ids, gallery.text_ids, combine, top)
+    found = rerank(scores, pair_scorer(model, gallery), top, combine, chunk=256)
+    return retrieval(found, gallery.ids, gallery.text_ids, protocol, gallery.texts), found
+
+
+def pair_scorer(model: PictureText, gallery: Gallery):
+    """(picture (P,), text (P,)) indices → ITM logits (P,). Pictures' keys and values are projected once a call."""
+
+    def score(pictures: Tensor, texts: Tensor) -> Tensor:
+        asked, rows = torch.unique(pictures, return_inverse=True)
+        memory = model.project(gallery.tokens[asked.cpu()])
+        return model.match_rows(memory, rows, [gallery.texts[int(t)] for t in texts])
+
+    return score
+
+
+def captions(model: PictureText, gallery: Gallery, count: int, search: Search) -> list[str]:
+    """What the model says of the first `count` pictures."""
+    return model.caption_tokens(gallery.tokens[:count], None, search)

@@ -1,0 +1,88 @@
+"""What can be told of a model on scenes, whose truth is known: captions by attribute, one-word negatives, the ceiling.
+
+I pictures, T texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.data import scenes
+from diptych.data.records import Record
+from diptych.evaluate.gallery import Gallery
+from diptych.evaluate.inference import PictureText
+from diptych.objectives.contrastive import similarity
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+def is_scenes(path: str | Path | None) -> bool:
+    """Whether a data set's folder holds the truth of its pictures."""
+    return path is not None and (Path(path) / "scenes.json").is_file()
+
+
+def truths(folder: str | Path, records: Sequence[Record]) -> list[scenes.Scene]:
+    """The scene of each record."""
+    known = scenes.load_truth(folder)
+    return [known[int(record.image_id)] for record in records]
+
+
+def ceiling(truth: Sequence[scenes.Scene], records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """The best recall there can be, as `retrieval` gives its own: fractions under "r@1", "r@5", "r@10"."""
+    best = scenes.ceiling(truth, [record.captions for record in records])
+    return {way: {k.replace("recall", "r"): v / 100 for k, v in best[way].items()} for way in DIRECTIONS}
+
+
+def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dict[str, Any]]:
+    """A table of generated captions: what they claimed, and the share that is right, by attribute."""
+    names = {"object": "colour and shape of an object", "holds": "true as a whole"}
+    return [
+        {"claim": names.get(name, name), "made": row["claimed"], "right": row["share"]}
+        for name, row in scenes.breakdown(said, truth).items()
+    ]
+
+
+def negative_rows(model: PictureText, gallery: Gallery, folder: str | Path, language: str = "en") -> list[dict[str, Any]]:
+    """A table of one-word negatives: how often the true caption scores above the false one, by ITC and by ITM."""
+    place = {record.image_id: i for i, record in enumerate(gallery.records)}
+    listed = json.loads((Path(folder) / "negatives.json").read_text(encoding="utf-8"))["negatives"]
+    rows = [n for n in listed if n["image_id"] in place and scenes.language_of(n["caption"]) == language]
+    if not rows:
+        return []
+    where = torch.tensor([place[n["image_id"]] for n in rows])
+    margins = [a - b for a, b in zip(*(_scores(model, gallery, where, rows, key) for key in KEYS), strict=True)]
+    told: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for row, itc, itm in zip(rows, *(m.tolist() for m in margins), strict=True):
+        told[row["attribute"]].append((itc > 0, itm > 0))
+    told["all"] = [pair for pairs in list(told.values()) for pair in pairs]
+    return [
+        {"changed word": name, "pairs": len(pairs), "ITC": _share(p[0] for p in pairs), "ITM": _share(p[1] for p in pairs)}
+        for name, pairs in told.items()
+    ]
+
+
+KEYS = ("caption", "negative")
+
+
+def _scores(model: PictureText, gallery: Gallery, where: torch.Tensor, rows: list[dict], key: str):
+    """(ITC, ITM) of each row's text with its picture."""
+    texts = [row[key] for row in rows]
+    words = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    cosines = similarity(model.embed_tokens(gallery.tokens), model.embed_texts(list(words)))
+    itc = cosines[where, torch.tensor([words[t] for t in texts])].cpu()
+    itm = []
+    for start in range(0, len(texts), 256):
+        asked, at = torch.unique(where[start : start + 256], return_inverse=True)
+        itm.append(model.match_rows(model.project(gallery.tokens[asked]), at, texts[start : start + 256]).cpu())
+    return itc, torch.cat(itm)
+
+
+def _share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)

@@ -1,0 +1,82 @@
+"""Image encoders by name, with their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from diptych import config
+from diptych.checkpoints import io, lavis, starter
+from diptych.core.surgery import freeze
+from diptych.errors import UserError
+from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionTransformer
+
+NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip"
+
+
+def image_encoder(chosen: config.Encoder) -> nn.Module:
+    """The encoder the settings name, with its weights; frozen where they say so."""
+    kind, _, name = chosen.name.partition(":")
+    if kind == "starter":
+        encoder = starter.image_encoder(chosen.size)
+    elif kind == "timm" and name:
+        encoder = _timm(name, chosen)
+    elif kind == "hf" and name:
+        encoder = _hugging_face(name, chosen)
+    elif kind in ("eva", "clip"):
+        encoder = _tower(kind, chosen)
+    else:
+        raise UserError(f"image_encoder.name: '{chosen.name}' is none of {NAMES}")
+    return freeze(encoder) if chosen.frozen else encoder
+
+
+def _timm(name: str, chosen: config.Encoder) -> TimmEncoder:
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"image_encoder.name: timm has no model '{name}'; see timm.list_models()")
+    encoder = TimmEncoder(name, chosen.size)
+    if chosen.weights:
+        _fill(encoder.model, chosen.weights)
+    return encoder
+
+
+def _fill(model: nn.Module, path: str) -> None:
+    """A file of the model's own names; a classifier's weights, which the tower does without, are left."""
+    theirs, ours = io.read(path), model.state_dict()
+    absent = [name for name in ours if name not in theirs]
+    if absent:
+        raise UserError(f"{path}: '{absent[0]}' is missing; these are not that model's weights")
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
+            shapes = f"{tuple(theirs[name].shape)}, and the model's is {tuple(tensor.shape)}"
+            raise UserError(f"{path}: '{name}' is {shapes}: a checkpoint of another shape")
+    model.load_state_dict({name: theirs[name] for name in ours})
+
+
+def _hugging_face(folder: str, chosen: config.Encoder) -> HFEncoder:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    if not Path(folder).is_dir() and folder.count("/") != 1:
+        raise UserError(f"image_encoder.name: {folder} is neither a folder nor a hub id")
+    model = AutoModel.from_pretrained(folder)
+    model = getattr(model, "vision_model", model)
+    figures = AutoImageProcessor.from_pretrained(folder)
+    size = chosen.size or getattr(AutoConfig.from_pretrained(folder), "image_size", None) or model.config.image_size
+    return HFEncoder(model, ImageSpec(size, tuple(figures.image_mean), tuple(figures.image_std)))
+
+
+def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
+    """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px."""
+    size = chosen.size or 224
+    if kind == "eva":
+        settings = lavis.eva_config(width=1408, layers=39, heads=16, patch=14, image_size=size, ratio=4.3637)
+    else:
+        settings = lavis.clip_config(width=1024, layers=23, heads=16, patch=14, image_size=size)
+    encoder = VisionTransformer(settings)
+    if chosen.weights:
+        from diptych import checkpoints
+
+        checkpoints.load(encoder, chosen.weights, lavis.tower(settings))
+    return encoder

@@ -1,0 +1,161 @@
+"""A run's held-out figures and its report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.data.records import Record
+from diptych.errors import UserError
+from diptych.evaluate import gallery as galleries
+from diptych.evaluate import scenes
+from diptych.evaluate.gallery import Gallery
+from diptych.evaluate.report import Candidate, Example, ReportData, choose_examples, summary_lines, write_report
+from diptych.evaluate.retrieval import ranks
+from diptych.generate import Search
+from diptych.train import features
+from diptych.train.build import splits
+from diptych.train.checkpoint import fingerprint
+from diptych.train.run import Run, load
+from diptych.train.watch import Watch
+
+SHOWN = 12  # pictures of a report's gallery
+
+
+@dataclass
+class Evaluated:
+    """What one split gave. results: of `retrieval`, by ITC and re-ranked; tables: title → rows for the report."""
+
+    gallery: Gallery
+    scores: Tensor
+    results: list[dict]
+    said: list[str] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def evaluate(
+    folder: str | Path, split: str = "test", rerank: int | None = None, report: bool = True, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Evaluates a run on one of its splits ("train", "val", "test"), tells of it, and writes results.json beside it
+    and, with `report`, report.html. rerank: candidates that ITM re-ranks; the recipe's when None.
+    """
+    run = load(folder)
+    watch = Watch(run.folder, say=say)
+    parts = splits(run.settings)
+    if split not in parts:
+        raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+    found = figures(run, parts[split], rerank, watch)
+    for result in found.results:
+        for line in ["", *summary_lines(result)]:
+            say(line)
+    for title, rows in found.tables.items():
+        for line in ["", title, *table_lines(rows)]:
+            say(line)
+    record = {"split": split, "retrieval": found.results, "tables": found.tables, "captions": found.said}
+    (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    if report:
+        path = write_report(run.folder / "report.html", report_data(run, found, split))
+        say(f"\nreport: {path}")
+    return record
+
+
+def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watch) -> Evaluated:
+    """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells."""
+    chosen, folder = run.settings.evaluation, run.settings.data.path
+    records = records[: chosen.limit]
+    tokens = features.encoded(run.model.image_encoder, records, run.settings.data.workers, watch, "held-out pictures")
+    gallery = Gallery.of(records, tokens)
+    scores = galleries.similarities(run.model, gallery)
+    found = Evaluated(gallery, scores, [galleries.by_itc(scores, gallery)])
+    top = min(chosen.rerank if rerank is None else rerank, len(gallery.texts))
+    if top and run.settings.objectives.itm:
+        watch.say(f"re-ranking each query's top {top}")
+        found.results.append(galleries.reranked(run.model, gallery, scores, top, chosen.combine)[0])
+    if chosen.captions and run.settings.objectives.lm:
+        count = min(chosen.captions, len(records))
+        search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
+        found.said = galleries.captions(run.model, gallery, count, search)
+    if scenes.is_scenes(folder):
+        _scene_figures(run, found, str(folder))
+    return found
+
+
+def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
+    records = found.gallery.records
+    truth = scenes.truths(folder, records)
+    best = scenes.ceiling(truth, records)
+    for result in found.results:
+        result["ceiling"] = best
+    if found.said:
+        rows = scenes.caption_rows(found.said, truth[: len(found.said)])
+        found.tables[f"what {len(found.said)} generated captions claim"] = rows
+    rows = scenes.negative_rows(run.model, found.gallery, folder)
+    if rows:
+        found.tables["true caption above one that is false by a word"] = rows
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows with the same columns as plain text; a float is a share."""
+    cells = [list(rows[0]), *([_cell(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in cells]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def report_data(run: Run, found: Evaluated, split: str) -> ReportData:
+    """What the report shows of a run and of what it gave on `split`."""
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row["step"] for row in log]
+    named = {"itc": "ITC", "itm": "ITM", "lm": "LM"}
+    curves = {name: (steps, [row[key] for row in log]) for key, name in named.items() if log and key in log[0]}
+    batch = run.settings.train.batch
+    return ReportData(
+        title=f"{run.folder.name}: {run.settings.about or 'a stage-1 model'}",
+        recipe=run.settings.program,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        seconds=sum(batch / row["samples_per_second"] for row in log),
+        samples=batch * len(log),
+        losses=curves,
+        results=found.results,
+        breakdowns=found.tables,
+        examples=examples(found),
+        settings=run.settings.model_dump(mode="json"),
+        fingerprints={"model": fingerprint(run.model.model), "image encoder": fingerprint(run.model.image_encoder)},
+        next_commands=next_commands(run.folder, found.gallery.records[0].image),
+        notes=[f"Figures are of the split '{split}'; no picture of it was trained on."],
+    )
+
+
+def examples(found: Evaluated) -> list[Example]:
+    """Held-out pictures with their best five captions, half of them right at rank 1 and half not."""
+    gallery, count = found.gallery, len(found.said) or len(found.gallery.records)
+    best = ranks(found.scores, gallery.text_ids, gallery.ids)[:count]
+    shown = []
+    for i in choose_examples(best, min(SHOWN, count)):
+        order = found.scores[i].argsort(descending=True)[:5].tolist()
+        ranked = [
+            Candidate(gallery.texts[t], float(found.scores[i, t]), bool(gallery.text_ids[t] == gallery.ids[i])) for t in order
+        ]
+        record = gallery.records[i]
+        said = found.said[i : i + 1]
+        shown.append(Example(record.image, Path(record.image).name, ranked, record.captions, said, int(best[i])))
+    return shown
+
+
+def next_commands(folder: Path, picture: str) -> list[tuple[str, str]]:
+    """What a person can type next."""
+    return [
+        (f"diptych caption {folder} {picture}", "say what is on a picture"),
+        (f'diptych match {folder} {picture} "a red circle" "a dog"', "how well texts fit a picture"),
+        ("diptych train flickr8k data.path=captions.json out=runs/mine", "train on your own pictures and captions"),
+    ]

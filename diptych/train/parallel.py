@@ -1,0 +1,87 @@
+"""Weights spread over processes (FSDP2).
+
+A unit is a group of weights that is made whole for a pass through its module and shared out again after it. Modules
+say in `entrances` which of their methods are called from outside a `forward`: these find their weights whole as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from diptych.core.block import Block
+from diptych.core.surgery import is_frozen
+from diptych.train.program import Program
+
+
+def _places(module: nn.Module) -> Counter[int]:
+    """How many names each parameter has in `module`."""
+    return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+
+def units(program: Program) -> list[nn.Module]:
+    """Parts that are sharded on their own: blocks, and whole guests (an encoder of timm's or Hugging Face's).
+
+    A part whose weights have a name outside it too is none, for a tied weight can be in one unit only: it stays with
+    the program, as do embeddings, heads and whatever else stands between blocks.
+    """
+    parts: list[nn.Module] = [module for module in program.modules() if isinstance(module, Block)]
+    parts += [child for child in program.children() if not any(isinstance(m, Block) for m in child.modules())]
+    everywhere = _places(program)
+    return [part for part in parts if (own := _places(part)) and all(everywhere[p] == n for p, n in own.items())]
+
+
+def shard(program: Program, mesh: DeviceMesh | None = None) -> Program:
+    """Spreads the program's weights over the processes of `mesh` (all by default), in place, before an optimizer is
+    made. Every process must hold the same weights; afterwards parameters are `DTensor`s."""
+    if mesh is None:
+        mesh = init_device_mesh(next(program.parameters()).device.type, (dist.get_world_size(),))
+    for part in units(program):
+        # a guest's output may be of a kind that FSDP can't watch for its backward pass: it stays whole until then
+        fully_shard(part, mesh=mesh, reshard_after_forward=isinstance(part, Block) or is_frozen(part))
+    fully_shard(program, mesh=mesh)
+    program._enter = lambda call: call()
+    register_fsdp_forward_method(program, "_enter")
+    for module in program.modules():
+        for name in getattr(module, "entrances", ()):
+            if isinstance(module, FSDPModule):
+                register_fsdp_forward_method(module, name)
+            else:
+                _lead_through(program, module, name)
+    return program
+
+
+def _lead_through(program: Program, module: nn.Module, name: str) -> None:
+    """Makes the program's own weights whole for calls of `module.name`, where they are not whole already."""
+    method = getattr(module, name)
+
+    @wraps(method)
+    def entered(*args, **kwargs):
+        if _is_whole(program):
+            return method(*args, **kwargs)
+        # arguments are kept out of FSDP's sight: it copies dataclasses, and a copied `Past` grows to no avail
+        found = program._enter(lambda: method(*args, **kwargs))
+        if not torch.is_grad_enabled():  # no backward pass will share them out again
+            program.reshard()
+        return found
+
+    setattr(module, name, entered)
+
+
+def _is_whole(program: Program) -> bool:
+    """Whether the weights that belong to no part of the program are whole now."""
+
+    def own(module: nn.Module):
+        yield from module.parameters(recurse=False)
+        for child in module.children():
+            if not isinstance(child, FSDPModule):
+                yield from own(child)
+
+    return not any(isinstance(parameter, DTensor) for parameter in own(program))

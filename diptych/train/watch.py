@@ -1,0 +1,113 @@
+"""What a person sees of a run, and what is kept of it: progress, log.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diptych.train.loop import Step
+
+
+class Watch:
+    """Progress bars on a terminal, plain lines elsewhere; a line a step in log.jsonl; TensorBoard scalars.
+
+    Used as a context around the loop. log_every: steps between plain lines.
+    """
+
+    def __init__(self, out: Path, log_every: int = 10, say: Callable[[str], None] | None = None):
+        self.out, self.log_every, self.told = out, log_every, say
+        self.console = Console(stderr=False)
+        self.began = time.perf_counter()
+        self.recent: list[Step] = []
+        self.bar: Progress | None = None
+
+    def say(self, line: str) -> None:
+        if self.told is not None:
+            self.told(line)
+        elif self.console.is_terminal:
+            self.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Tells of `total` things being done; call what it gives with how many are."""
+        began = told = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(what, total=total)
+                yield lambda done: bar.update(task, completed=done)
+        else:
+
+            def line(done: int) -> None:
+                nonlocal told
+                if time.perf_counter() - told > 10:
+                    told = time.perf_counter()
+                    print(f"{what}: {done} of {total}", flush=True)
+
+            yield line
+        self.say(f"{what}: {total} in {_duration(time.perf_counter() - began)}")
+
+    def __enter__(self) -> Watch:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log = (self.out / "log.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.out / "tensorboard"))
+        self.began = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=None)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.log.close()
+        self.board.close()
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def step(self, step: Step, steps: int, batch: int) -> None:
+        """Told after each step: logged whole, shown every so often."""
+        row = {
+            "step": step.number,
+            **step.losses,
+            "lr": step.lr,
+            "norm": step.norm,
+            "samples_per_second": batch / step.seconds,
+            "waited": step.waited / step.seconds,
+        }
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, step.number)
+        self.recent = [*self.recent, step][-self.log_every :]
+        line = self._line(step, steps, batch)
+        if self.bar is not None:
+            self.bar.update(self.task, total=steps, completed=step.number + 1, description=line)
+        elif (step.number + 1) % self.log_every == 0 or step.number + 1 == steps:
+            print(f"step {step.number + 1} of {steps}  {line}  left {self._left(step.number + 1, steps)}", flush=True)
+
+    def _line(self, step: Step, steps: int, batch: int) -> str:
+        means = {k: sum(s.losses[k] for s in self.recent) / len(self.recent) for k in step.losses}
+        speed = batch * len(self.recent) / sum(s.seconds for s in self.recent)
+        return "  ".join(f"{k} {v:.3f}" for k, v in means.items()) + f"  {speed:.0f}/s"
+
+    def _left(self, done: int, steps: int) -> str:
+        pace = sum(s.seconds for s in self.recent) / len(self.recent)
+        return _duration(pace * (steps - done))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
