@@ -19,7 +19,7 @@ export UV_PYTHON_DOWNLOADS = never
 setup: .venv/.ok
 
 demo: .venv/.ok
-	.venv/bin/python -m diptych.demo
+	.venv/bin/diptych demo
 
 test: .venv/.ok
 	.venv/bin/python -m pytest -q

@@ -131,6 +131,14 @@ def tower(config: VisionConfig) -> Table:
     return eva(config)
 
 
+def original(config: VisionConfig) -> Table:
+    """The same for a file of the tower as it was first trained (EVA-CLIP, OpenAI CLIP's `visual`), of which BLIP-2
+    leaves out the last block and all that follows it."""
+    block = f"{'transformer.resblocks' if config.norm_patches else 'blocks'}.{config.stack.layers}."
+    after = dict.fromkeys(("norm.", "fc_norm.", "head.", "ln_post.", "proj"), "BLIP-2 uses the patches as they are")
+    return replace(tower(config), dropped={block: "BLIP-2's tower is a block shorter", **after})
+
+
 def stage1(vision: VisionConfig | None, config: Stage1Config) -> Table:
     """`Blip2Qformer.state_dict()` ↔ a module with children `image_encoder` (`VisionTransformer`) and `model`
     (`Stage1Model`). vision: None when the file holds no tower."""

@@ -7,7 +7,7 @@ d width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class Tap:
         self.scores: list[Tensor | None] = [None] * len(modules)
         self.probabilities: list[Tensor | None] = [None] * len(modules)
 
-    def __enter__(self) -> Tap:
+    def __enter__(self) -> Self:
         for module in self.modules:
             module.tap = self
         return self
@@ -106,9 +106,7 @@ class Attention(nn.Module):
         """Keys and values (B, H, N, d) of what is looked at, (B, N, context width)."""
         return self.split(self.k(context)), self.split(self.v(context))
 
-    def look(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """What (B, H, T, d) queries find, (B, H, T, d); through the tap while one is attached."""
         if self.tap is not None:
             return self.tap.attend(self, q, k, v, mask, bias)
@@ -138,7 +136,7 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """Attention to a `Memory`: it never sees pictures, only the keys and values that its own `project` made."""
 
-    def forward(self, x: Tensor, memory: BlockMemory) -> Tensor:  # ty: ignore[invalid-method-override]
+    def forward(self, x: Tensor, memory: BlockMemory) -> Tensor:  # ty: ignore[incompatible-method-override]
         q, (k, v), mask = self.split(self.q(x)), memory.kv, memory.mask
         if memory.rows is None:
             return self.merge(self.look(q, k, v, mask))

@@ -103,7 +103,7 @@ class Memory:
             None if ours is None else tuple(torch.cat(pair) for pair in zip(ours, theirs, strict=True))
             for ours, theirs in zip(self.kv, other.kv, strict=True)
         )
-        mask = None if self.mask is None else torch.cat([self.mask, other.mask])
+        mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
         return replace(self, kv=kv, mask=mask, pictures=self.pictures + other.pictures)
 
     def block(self, number: int) -> BlockMemory:
@@ -172,19 +172,17 @@ class Past:
 
     def first(self, rows: int) -> Past:
         """A past of the first `rows` rows alone."""
-        every = self.kv[0] is None or self.kv[0][0].shape[0] == rows
         past = self.fork()
-        if not every:
-            past.kv = [pair and (pair[0][:rows], pair[1][:rows]) for pair in past.kv]
-            past.mask = past.mask if past.mask is None else past.mask[:rows]
+        if self.kv[0] is not None and self.kv[0][0].shape[0] != rows:
+            past.reorder(slice(rows))
         return past
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor | slice) -> None:
         """Row r goes on from what row `rows[r]` was (beams)."""
         self.kv = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.kv]
         self._reorder_tokens(rows)
 
-    def _reorder_tokens(self, rows: Tensor) -> None:
+    def _reorder_tokens(self, rows: Tensor | slice) -> None:
         if self.mask is not None:
             self.mask = self.mask[rows] if self.mask.shape[0] > 1 else self.mask
         if self.positions is not None and self.positions.shape[0] > 1:
@@ -210,22 +208,23 @@ class Cache(Past):
         for pair in past.kv:
             if pair is None:
                 raise ValueError("a Cache goes on from a Past that every block has filled")
-            cache.store.append(tuple(_with_room(t.detach(), cache.room) for t in pair))
+            k, v = (_with_room(kept.detach(), cache.room) for kept in pair)
+            cache.store.append((k, v))
         return cache
 
     def grown(self, number: int, before: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = self.length, self.length + k.shape[2]
         if stop > self.room:
             raise ValueError(f"the cache has room for {self.room} keys, and {stop} are wanted")
-        for kept, new in zip(self.store[number], (k, v), strict=True):
-            kept[:, :, start:stop] = new
-        return tuple(kept[:, :, :stop] for kept in self.store[number])
+        keys, values = self.store[number]
+        keys[:, :, start:stop], values[:, :, start:stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def fork(self) -> Cache:
         """A cache that goes its own way from here, in a store of its own: a step writes in place."""
         return replace(self, kv=list(self.kv), store=[(k.clone(), v.clone()) for k, v in self.store])
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor | slice) -> None:
         self.store = [(k[rows], v[rows]) for k, v in self.store]
         self.kv = [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in self.store]
         self._reorder_tokens(rows)

@@ -120,14 +120,14 @@ class PairSteps(Dataset):
         records = [self.records[i] for i, _ in chosen]
         texts = [r.captions[j] for r, (_, j) in zip(records, chosen, strict=True)]
         ids, mask = self.tokenizer.encode(texts, self.max_tokens)
-        return PairBatch(
+        batch = PairBatch(
             ids,
             mask,
             torch.tensor([number(r.image_id) for r in records]),
             torch.tensor([number(" ".join(t.lower().split())) for t in texts]),
             step=step,
-            **self.pictures.rows([int(i) for i, _ in chosen]),
         )
+        return replace(batch, **self.pictures.rows([int(i) for i, _ in chosen]))
 
     def read(self, start: int, stop: int, workers: int = 0) -> Iterator[PairBatch]:
         """The batches of steps start … stop, in order, prepared by `workers` processes."""

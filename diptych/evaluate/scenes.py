@@ -48,11 +48,13 @@ def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dic
     ]
 
 
-def negative_rows(model: PictureText, gallery: Gallery, folder: str | Path, language: str = "en") -> list[dict[str, Any]]:
+def negative_rows(
+    model: PictureText, gallery: Gallery, folder: str | Path, language: str = "en"
+) -> list[dict[str, Any]]:
     """A table of one-word negatives: how often the true caption scores above the false one, by ITC and by ITM."""
     place = {record.image_id: i for i, record in enumerate(gallery.records)}
     listed = json.loads((Path(folder) / "negatives.json").read_text(encoding="utf-8"))["negatives"]
-    rows = [n for n in listed if n["image_id"] in place and scenes.language_of(n["caption"]) == language]
+    rows = [n for n in listed if n["image_id"] in place and n["language"] == language]
     if not rows:
         return []
     where = torch.tensor([place[n["image_id"]] for n in rows])
@@ -62,8 +64,8 @@ def negative_rows(model: PictureText, gallery: Gallery, folder: str | Path, lang
         told[row["attribute"]].append((itc > 0, itm > 0))
     told["all"] = [pair for pairs in list(told.values()) for pair in pairs]
     return [
-        {"changed word": name, "pairs": len(pairs), "ITC": _share(p[0] for p in pairs), "ITM": _share(p[1] for p in pairs)}
-        for name, pairs in told.items()
+        {"changed word": name, "pairs": len(flags), "ITC": _share(flags, 0), "ITM": _share(flags, 1)}
+        for name, flags in told.items()
     ]
 
 
@@ -83,6 +85,5 @@ def _scores(model: PictureText, gallery: Gallery, where: torch.Tensor, rows: lis
     return itc, torch.cat(itm)
 
 
-def _share(flags) -> float:
-    flags = list(flags)
-    return sum(flags) / len(flags)
+def _share(flags: list[tuple[bool, bool]], place: int) -> float:
+    return sum(pair[place] for pair in flags) / len(flags)

@@ -91,5 +91,3 @@ class LanguageHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.norm(self.activation(self.dense(hidden))))
-
-

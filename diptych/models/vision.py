@@ -157,6 +157,7 @@ class TimmEncoder(nn.Module):
     def __init__(self, name: str, size: int | None = None):
         super().__init__()
         import timm
+        import timm.data
 
         self.model = timm.create_model(name, pretrained=False, num_classes=0)
         settings = timm.data.resolve_model_data_config(self.model)

@@ -1,6 +1,6 @@
 """Gathering over processes, in one place, and means over the whole global batch.
 
-b rows of this process, B rows of all (in order of rank), W processes. Without a process group all of it is the identity.
+b rows of this process, B rows of all (in order of rank), W processes. Without a process group these are identities.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Gather(torch.autograd.Function):
     """Forward: rows of all processes. Backward: the gradients that all processes hold for our rows, summed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: list[int]) -> Tensor:  # ty: ignore[invalid-method-override]
+    def forward(ctx, x: Tensor, rows: list[int]) -> Tensor:
         rank, size = world()
         ctx.rows, ctx.start = rows[rank], sum(rows[:rank])
         most = max(rows)
@@ -41,7 +41,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:n] for part, n in zip(every, rows, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # ty: ignore[invalid-method-override]
+    def backward(ctx, grad: Tensor):  # ty: ignore[incompatible-method-override]
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.rows], None

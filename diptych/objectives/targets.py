@@ -20,7 +20,7 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class Ids:
-    """Columns with the row's id are right, alike. rows (B,), columns (N,): compared block by block, never kept whole."""
+    """Columns with the row's id are right, alike. rows (B,), columns (N,): compared by blocks, never kept whole."""
 
     rows: Tensor
     columns: Tensor

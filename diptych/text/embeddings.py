@@ -33,7 +33,8 @@ class TextEmbeddings(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
         """positions: (1 or B, T). types: (B, T), all 0 by default."""
         if int(positions.shape[-1]) > self.position.num_embeddings:
-            raise ValueError(f"{positions.shape[-1]} tokens, and the model knows {self.position.num_embeddings} positions")
+            known = self.position.num_embeddings
+            raise ValueError(f"{positions.shape[-1]} tokens, and the model knows {known} positions")
         x = self.word(ids) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(ids) if types is None else types)

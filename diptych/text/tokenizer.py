@@ -32,7 +32,7 @@ class Tokenizer:
         if absent:
             raise UserError(f"the tokenizer is not BERT's: it has no {', '.join(absent)}")
         rust.add_special_tokens([*special, *added])
-        self.pad, self.unk, self.cls, self.sep, self.mask = (rust.token_to_id(token) for token in special)
+        self.pad, self.unk, self.cls, self.sep, self.mask = (self.id(token) for token in special)
         self.size = rust.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -82,7 +82,7 @@ class Tokenizer:
 
     def rows(self, texts: list[str], longest: int | None = None) -> list[list[int]]:
         """The ids of each text, unpadded; a text that is cut keeps its [SEP]."""
-        rows = [encoding.ids for encoding in self.rust.encode_batch(list(texts))]
+        rows: list[list[int]] = [encoding.ids for encoding in self.rust.encode_batch(list(texts))]
         if longest is None:
             return rows
         return [row if len(row) <= longest else [*row[: longest - 1], self.sep] for row in rows]
@@ -97,7 +97,8 @@ class Tokenizer:
         encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         words = unknown = 0
         for encoding in encodings:
-            starts = {word: token for word, token in zip(encoding.word_ids, encoding.ids, strict=True) if word is not None}
+            pairs = zip(encoding.word_ids, encoding.ids, strict=True)
+            starts = {word: token for word, token in pairs if word is not None}
             words += len(starts)
             unknown += sum(token == self.unk for token in starts.values())
         return unknown / max(words, 1)

@@ -31,12 +31,12 @@ class Built:
 
 def splits(settings: Settings) -> dict[str, list[Record]]:
     """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them."""
-    data = settings.data
-    if data.path is None:
+    data, path = settings.data, settings.data.path
+    if path is None:
         raise UserError("data.path is not set: give your captions file or folder, as data.path=PATH")
 
     def part(name: str | None) -> list[Record]:
-        return read(data.path, images=data.images, split=name, limit=data.limit)
+        return read(path, images=data.images, split=name, limit=data.limit)
 
     found = {"train": part(data.train)}
     if data.hold_out:
@@ -61,7 +61,9 @@ def build(settings: Settings, say: Say = lambda line: None, initialise: bool = T
     """The program, from random numbers keyed by the seed and, with `initialise`, from the start that settings name."""
     torch.manual_seed(settings.train.seed)
     chosen, words, encoder = settings.qformer, tokenizer(settings), image_encoder(settings.image_encoder)
-    folder = {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
+    folder = (
+        {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
+    )
     shape = bert_shape(folder) if folder else None
     stack = StackConfig(
         width=shape.stack.width if shape else chosen.width,

@@ -39,7 +39,8 @@ def trained_state(program: nn.Module) -> dict[str, Tensor]:
     frozen = tuple(f"{name}." for name, child in program.named_children() if _weighs(child) and is_frozen(child))
     again = {name for group in tied(program) for name in group[1:]}
     state = program.state_dict()
-    return {k: v.detach().contiguous() for k, v in state.items() if k not in again and not k.startswith(frozen or "\0")}
+    kept = [name for name in state if name not in again and not name.startswith(frozen)]
+    return {name: state[name].detach().contiguous() for name in kept}
 
 
 def save(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ def save(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer, sta
 
 
 def load_model(folder: Path, program: nn.Module) -> dict[str, Any]:
-    """Fills `program` with a checkpoint's weights and gives its state. Strict: names, shapes, and frozen parts' bits."""
+    """Fills `program` with a checkpoint's weights and gives its state. Strict: names, shapes, frozen parts' bits."""
     file = folder / "model.safetensors"
     if not file.is_file():
         raise UserError(f"{folder}: no checkpoint there (model.safetensors is missing)")

@@ -71,12 +71,12 @@ def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
     """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px."""
     size = chosen.size or 224
     if kind == "eva":
-        settings = lavis.eva_config(width=1408, layers=39, heads=16, patch=14, image_size=size, ratio=4.3637)
+        settings = lavis.eva_config(width=1408, layers=39, heads=16, patch=14, image_size=size)
     else:
         settings = lavis.clip_config(width=1024, layers=23, heads=16, patch=14, image_size=size)
     encoder = VisionTransformer(settings)
     if chosen.weights:
         from diptych import checkpoints
 
-        checkpoints.load(encoder, chosen.weights, lavis.tower(settings))
+        checkpoints.load(encoder, chosen.weights, lavis.original(settings))
     return encoder

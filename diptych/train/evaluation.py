@@ -41,7 +41,11 @@ class Evaluated:
 
 
 def evaluate(
-    folder: str | Path, split: str = "test", rerank: int | None = None, report: bool = True, say: Callable[[str], None] = print
+    folder: str | Path,
+    split: str = "test",
+    rerank: int | None = None,
+    report: bool = True,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluates a run on one of its splits ("train", "val", "test"), tells of it, and writes results.json beside it
     and, with `report`, report.html. rerank: candidates that ITM re-ranks; the recipe's when None.
@@ -105,7 +109,10 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Rows with the same columns as plain text; a float is a share."""
     cells = [list(rows[0]), *([_cell(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in cells]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    ]
 
 
 def _cell(value: Any) -> str:
@@ -139,12 +146,13 @@ def report_data(run: Run, found: Evaluated, split: str) -> ReportData:
 def examples(found: Evaluated) -> list[Example]:
     """Held-out pictures with their best five captions, half of them right at rank 1 and half not."""
     gallery, count = found.gallery, len(found.said) or len(found.gallery.records)
-    best = ranks(found.scores, gallery.text_ids, gallery.ids)[:count]
+    best = ranks(found.scores, gallery.text_ids, gallery.ids)[:count].numpy()
     shown = []
     for i in choose_examples(best, min(SHOWN, count)):
         order = found.scores[i].argsort(descending=True)[:5].tolist()
         ranked = [
-            Candidate(gallery.texts[t], float(found.scores[i, t]), bool(gallery.text_ids[t] == gallery.ids[i])) for t in order
+            Candidate(gallery.texts[t], float(found.scores[i, t]), bool(gallery.text_ids[t] == gallery.ids[i]))
+            for t in order
         ]
         record = gallery.records[i]
         said = found.said[i : i + 1]

@@ -42,7 +42,8 @@ class Stage1Objectives:
 
 @dataclass
 class Stage1Embeddings:
-    """normed (b, N, D) image tokens, their memory, the past that captions go on from; pictures (b, Q, E), texts (b, E)."""
+    """normed (b, N, D) image tokens, their memory, the past that captions go on from; pictures (b, Q, E),
+    texts (b, E)."""
 
     normed: Tensor
     memory: Memory
@@ -70,8 +71,8 @@ class Stage1(Program):
     def look(self, batch: PairBatch) -> ImageTokens:
         if batch.tokens is not None:
             return ImageTokens(batch.tokens, (0, 0))
-        if self.image_encoder is None:
-            raise ValueError("a batch of pixels needs an image encoder")
+        if self.image_encoder is None or batch.pixels is None:
+            raise ValueError("a batch brings image tokens, or pixels for an image encoder")
         return run_frozen(self.image_encoder, batch.pixels)
 
     def encode(self, batch: PairBatch) -> Stage1Embeddings:
@@ -133,7 +134,7 @@ class Stage1(Program):
         return gather.mean(losses.sum(), kept.sum(), self.objectives.mean)
 
     def seen_by(self, embeddings: Stage1Embeddings, pictures: Tensor, first: int) -> Memory:
-        """The memory whose row r looks at picture `pictures[r]` of the global batch; our own are not projected again."""
+        """The memory whose row r looks at picture `pictures[r]` of the global batch; ours are not projected again."""
         memory, own = embeddings.memory, embeddings.memory.pictures
         _, size = gather.world()
         if size == 1:

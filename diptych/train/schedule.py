@@ -9,7 +9,7 @@ from torch import nn
 
 
 def rate(step: int, steps: int, warmup: int, final: float) -> float:
-    """The learning rate at `step` as a share of the highest: a line up over `warmup` steps, then a cosine to `final`."""
+    """The learning rate at `step`, a share of the highest: a line up over `warmup` steps, then a cosine to `final`."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(steps - warmup, 1)

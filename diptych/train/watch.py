@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +56,7 @@ class Watch:
             yield line
         self.say(f"{what}: {total} in {_duration(time.perf_counter() - began)}")
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
 
         self.log = (self.out / "log.jsonl").open("a", encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diptych.core import surgery
 from diptych.core.config import StackConfig
@@ -39,14 +40,17 @@ class Guest(nn.Module):
         return ImageTokens(self.patches(pixels).flatten(2).transpose(1, 2), (2, 2))
 
 
+ENCODERS = {
+    "vit": lambda: VisionTransformer(VisionConfig(StackConfig(8, 2, 2, 16), 8, 4)),
+    "guest": Guest,
+    "frozen": lambda: surgery.freeze(Guest()),
+}
+
+
 def program(encoder: str) -> Stage1:
     """A whole stage 1 in float64, recomputing one block, drawn so that every term counts."""
     torch.manual_seed(0)
-    image_encoder = {
-        "vit": lambda: VisionTransformer(VisionConfig(StackConfig(8, 2, 2, 16), 8, 4)),
-        "guest": Guest,
-        "frozen": lambda: surgery.freeze(Guest()),
-    }[encoder]()
+    image_encoder = ENCODERS[encoder]()
     stack = StackConfig(8, 3, 2, 16, norm="post", cross_every=2, context_width=8, final_norm=False)
     model = Stage1Model(Stage1Config(QFormerConfig(stack, 3, 13, 9), 4))
     made = Stage1(image_encoder, model, Stage1Objectives(), start_id=12).double()
@@ -71,7 +75,7 @@ def batch(first: int = 0, last: int = sum(ROWS)) -> PairBatch:
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def story(made: Stage1, rows: PairBatch) -> dict[str, Tensor]:
@@ -110,33 +114,34 @@ def asked(made: Stage1) -> dict[str, Tensor]:
     }
 
 
-def work(rank: int, folder: str, encoder: str) -> None:
-    """What each process does; the first writes down what came of it."""
+def work(rank: int, folder: str) -> None:
+    """What each process does, one encoder after another; the first writes down what came of it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(ROWS))
     try:
-        made = shard(program(encoder))
-        assert all(hasattr(p, "full_tensor") for p in made.parameters())
-        first = sum(ROWS[:rank])
-        told = story(made, batch(first, first + ROWS[rank]))
-        for name, value in told.items():
-            if name.split()[-1] in ("itc", "itm", "lm", "loss"):  # each process's share; their mean is the loss
-                dist.all_reduce(value)
-                value /= len(ROWS)
-        if rank == 0:
-            torch.save(told, f"{folder}/told.pt")
+        for encoder in ENCODERS:
+            made = shard(program(encoder))
+            assert all(isinstance(p, DTensor) for p in made.parameters())
+            first = sum(ROWS[:rank])
+            told = story(made, batch(first, first + ROWS[rank]))
+            for name, value in told.items():
+                if name.split()[-1] in ("itc", "itm", "lm", "loss"):  # each process's share; their mean is the loss
+                    dist.all_reduce(value)
+                    value /= len(ROWS)
+            if rank == 0:
+                torch.save(told, f"{folder}/{encoder}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("encoder", ["vit", "guest", "frozen"])
-def test_spread_over_two_processes_nothing_changes(encoder, tmp_path):
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__]
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory) -> Path:
+    """The folder in which two processes have written down what came of stage 1."""
+    folder = tmp_path_factory.mktemp("spread")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path), encoder],
+            [sys.executable, __file__, str(rank), str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -150,7 +155,12 @@ def test_spread_over_two_processes_nothing_changes(encoder, tmp_path):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    told, wanted = torch.load(tmp_path / "told.pt"), story(program(encoder), batch())
+    return folder
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_spread_over_two_processes_nothing_changes(encoder, spread):
+    told, wanted = torch.load(spread / f"{encoder}.pt"), story(program(encoder), batch())
     assert told.keys() == wanted.keys()
     assert any("gradient image_encoder" in name for name in told) == (encoder != "frozen")
     for name, value in wanted.items():
@@ -177,4 +187,4 @@ def test_units_are_blocks_and_guests_that_share_nothing():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    work(int(sys.argv[1]), sys.argv[2])

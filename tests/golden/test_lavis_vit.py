@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from diptych.checkpoints import lavis
 from diptych.checkpoints.rules import Table
 from diptych.core.surgery import capture
+from diptych.errors import UserError
 from diptych.models.vision import VisionConfig, VisionTransformer, layer_id, stretch
 from tests.conftest import golden_case
 
@@ -92,6 +94,24 @@ def test_back_again(case, tower):
     assert back.keys() == theirs.keys() and notes == []
     for name, tensor in theirs.items():
         assert torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("tower", ["eva", "clip_L"])
+def test_an_original_with_its_last_block_and_head(case, tower):
+    """BLIP-2's towers are a block shorter than what they were made from; that is said, and two blocks are too many."""
+    settings = config(case, tower)
+    shorter = replace(settings, stack=replace(settings.stack, layers=settings.stack.layers - 1))
+    after = (
+        {"ln_post.weight": torch.ones(1), "proj": torch.ones(1)} if tower == "clip_L" else {"head.bias": torch.ones(1)}
+    )
+    ours, notes = lavis.original(shorter).load(weights(case, tower) | after)
+    VisionTransformer(shorter).load_state_dict(ours)
+    assert len(notes) == 2 and any(f".{shorter.stack.layers}." in note for note in notes)
+    with pytest.raises(UserError, match="unknown key"):
+        lavis.tower(shorter).load(weights(case, tower))
+    shortest = replace(settings, stack=replace(settings.stack, layers=settings.stack.layers - 2))
+    with pytest.raises(UserError, match="unknown key"):
+        lavis.original(shortest).load(weights(case, tower))
 
 
 @pytest.mark.parametrize("tower", ["eva", "clip_L"])

@@ -269,6 +269,18 @@ def test_reordered_rows_go_on_from_others(cached):
 
 
 @torch.no_grad()
+def test_the_first_rows_alone_go_on_as_they_did():
+    model, ids, lengths = drawn(TextModel(GPT)), words(3, 4), torch.tensor([[2], [4], [3]])
+    past = Past.empty(3)
+    model(ids, (torch.arange(4) < lengths).long(), past=past)
+    past.next_position, past.positions = lengths, past.positions.expand(3, -1)
+    fewer = past.first(2)
+    more = words(3, 2)
+    torch.testing.assert_close(model(more[:2], past=fewer), model(more, past=past.first(3))[:2], **EXACT)
+    assert fewer.positions.shape == (2, 6) and past.length == 4
+
+
+@torch.no_grad()
 def test_a_step_after_left_padding():
     """Positions that count real tokens: rows of different lengths, padded on the left, then stepped together."""
     model = drawn(TextModel(TextConfig(GPT.stack, 13, 12, norm_embeddings=False, causal=True, count_from=0)))
