@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,8 +20,9 @@ class Data(Section):
     """Pictures and their captions.
 
     path: a file or folder (COCO captions, Karpathy's JSON, JSONL, CSV, pictures with .txt); images: where its pictures
-    lie, when not beside it. train, val, test: names of splits; hold_out: without a val split, this many training
-    pictures are kept for validation. captions: "one" a picture an epoch, or "all". max_tokens: of a caption.
+    lie, when not beside it. train, val, test: names of splits, where it has any; hold_out: without a val split, this
+    many training pictures (at most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
+    max_tokens: of a caption.
     cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "none" at every step.
     """
 
@@ -38,31 +39,50 @@ class Data(Section):
     workers: int = Field(0, ge=0)
 
 
+class TowerShape(Section):
+    """Of an "eva" or "clip" tower. patch: the side of one in pixels; mlp: width inside a feed-forward."""
+
+    width: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    patch: int = Field(gt=0)
+    mlp: int = Field(gt=0)
+
+
 class Encoder(Section):
     """name: "starter" (EfficientNet-Lite0 with ImageNet weights, from the package registry), "timm:NAME",
-    "hf:FOLDER", "eva" or "clip" (LAVIS's towers). weights: a file; size: side in pixels, when not the model's own."""
+    "hf:FOLDER", "eva" or "clip" (LAVIS's towers). weights: a file; size: side in pixels, when not the model's own.
+    shape: of an "eva" or "clip" tower, when not the published one."""
 
     name: str = "starter"
     weights: str | None = None
     size: int | None = Field(None, gt=0)
     frozen: bool = True
+    shape: TowerShape | None = None
 
 
 class QFormer(Section):
     """start: "starter" (6-layer MiniLM, width 384), a BERT folder or hub id to initialise from, or "random" with
-    `width`, `heads`. layers: None takes all of the start's. tokenizer: a folder or hub id; the start's own when None.
+    `width`, `heads`, `mlp` (None: 4 × width) and `positions`. layers: None takes all of the start's. tokenizer: a
+    folder or hub id; the start's own when None. vocabulary: "data" keeps the words of the training captions (and single
+    letters for the rest), which is faster and can't go back to LAVIS; "all" keeps all. picture_eps: of the norm over
+    image tokens.
     """
 
     start: str = "starter"
     tokenizer: str | None = None
+    vocabulary: Literal["all", "data"] = "all"
     layers: int | None = Field(None, gt=0)
     width: int = Field(768, gt=0)
     heads: int = Field(12, gt=0)
+    mlp: int | None = Field(None, gt=0)
+    positions: int = Field(512, gt=0)
     queries: int = Field(32, gt=0)
     cross_every: int = Field(2, gt=0)
     embed: int = Field(256, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(0.07, gt=0)
+    picture_eps: float = Field(1e-5, gt=0)
 
 
 class Objectives(Section):
@@ -177,7 +197,7 @@ def _read(recipe: str) -> Any:
     if file.suffix in (".yaml", ".yml") or file.is_file():
         if not file.is_file():
             raise UserError(f"{recipe}: no such recipe file; the package's own are {', '.join(recipes())}")
-        text = file.read_text(encoding="utf-8")
+        text = _text(file)
     elif recipe in recipes():
         text = (_shelf() / f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
@@ -190,15 +210,20 @@ def _read(recipe: str) -> Any:
         raise UserError(f"{recipe}: not YAML{f', line {mark.line + 1}' if mark else ''}") from None
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: can't be read as a recipe ({type(error).__name__})") from None
+
+
 def keys(model: type[BaseModel] = Settings, before: str = "") -> list[str]:
     """Every dotted key."""
     found = []
     for name, info in model.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += keys(inner, f"{before}{name}.")
-        else:
-            found.append(before + name)
+        kinds = (info.annotation, *get_args(info.annotation))  # `Shape | None` too is a section
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        found += [before + name] if inner is None else keys(inner, f"{before}{name}.")
     return found
 
 
@@ -213,9 +238,20 @@ def _put(tree: dict, override: str) -> None:
         raise UserError(f"'{key}': there is no such setting{hint}")
     *path, last = key.split(".")
     for name in path:
-        tree = tree.setdefault(name, {})
-    # "1e-4" and the like stay text in YAML 1.1; typed fields turn them into numbers
-    tree[last] = yaml.safe_load(value) if value else None
+        if tree.get(name) is None:  # absent, or `data:` with nothing below it
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise UserError(f"'{key}': the recipe has {tree!r} for '{name}', which is a section of settings")
+    tree[last] = _value(value)
+
+
+def _value(text: str) -> Any:
+    """What stands after `=`. "1e-4" and the like stay text in YAML 1.1; typed fields turn them into numbers."""
+    try:
+        return yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        return text
 
 
 def _plain(error: ValidationError) -> str:

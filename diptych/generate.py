@@ -280,7 +280,6 @@ def shaped(logits: Tensor, search: Search) -> Tensor:
         values, places = logits.sort(dim=1, descending=True, stable=True)
         share = values.softmax(1)
         beyond = share.cumsum(1) - share >= search.top_p
-        beyond[:, 0] = False  # rounding must not take the last choice away
         logits = torch.full_like(logits, float("-inf")).scatter(1, places, values.masked_fill(beyond, float("-inf")))
     return logits
 

@@ -13,6 +13,7 @@ from diptych.models.blip2 import Stage1Model
 from diptych.models.language import TextConfig
 
 HEAD = "cls.predictions.transform.dense.weight"
+PER_WORD = (".word.weight", ".decoder.weight", ".decoder.bias")
 
 
 def bert_shape(path: str | Path) -> TextConfig:
@@ -24,16 +25,17 @@ def bert_shape(path: str | Path) -> TextConfig:
 
 
 @torch.no_grad()
-def start_from_bert(model: Stage1Model, path: str | Path) -> list[str]:
+def start_from_bert(model: Stage1Model, path: str | Path, words: Tensor | None = None) -> list[str]:
     """Starts a stage-1 model from a BERT as LAVIS does, and says what was taken, left and kept random.
 
     Taken: word and position embeddings and their norm, the first layers' self-attention and feed-forward, and the LM
     head where the checkpoint has one. The queries' feed-forwards begin as the text's. Words beyond the BERT's ([DEC])
     keep the random rows they were built with, as do query tokens, cross-attention and the other heads.
-    path: a Hugging Face folder or hub id. Raises UserError when the sizes don't fit; the model is then as it was.
+    path: a Hugging Face folder or hub id. words: which of the BERT's words the model's first ones are, where its
+    vocabulary was trimmed (`Tokenizer.trimmed`). Raises UserError when the sizes don't fit; the model is then as it was.
     """
     theirs, shape = io.read(path), bert_shape(path)
-    _check_sizes(model, shape, str(path))
+    _check_sizes(model, shape, str(path), shape.vocab if words is None else len(words))
     has_head = any(name.endswith(HEAD) for name in theirs)
     if has_head:
         found, _ = hf.bert_with_head(shape).load(theirs, str(path))
@@ -45,9 +47,10 @@ def start_from_bert(model: Stage1Model, path: str | Path) -> list[str]:
     beyond = tuple(f"text.stack.blocks.{i}." for i in range(took, shape.stack.layers))
     for name, tensor in found.items():
         if not name.startswith(("text.embeddings.token_type.", *beyond)):
-            _fill(state[_own_name(name)], tensor)
+            by_word = words is not None and name.endswith(PER_WORD)
+            _fill(state[_own_name(name)], tensor[words] if by_word else tensor)
     model.qformer.copy_text_feed_forward()
-    return _report(model, shape, has_head, str(path))
+    return _report(model, shape, has_head, str(path), words)
 
 
 def _own_name(name: str) -> str:
@@ -61,7 +64,7 @@ def _fill(rows: Tensor, tensor: Tensor) -> None:
     rows[:count] = tensor[:count]
 
 
-def _check_sizes(model: Stage1Model, bert: TextConfig, source: str) -> None:
+def _check_sizes(model: Stage1Model, bert: TextConfig, source: str, words: int) -> None:
     qformer = model.config.qformer
     for what in ("width", "heads", "mlp"):
         theirs, ours = getattr(bert.stack, what), getattr(qformer.stack, what)
@@ -73,16 +76,20 @@ def _check_sizes(model: Stage1Model, bert: TextConfig, source: str) -> None:
     ):
         if theirs < ours:
             raise UserError(f"{source}: a BERT of {theirs} {what}, and the Q-Former asks for {ours}; ask for no more")
-    if bert.vocab > qformer.vocab:
-        raise UserError(f"{source}: a BERT of {bert.vocab} words, and the tokenizer knows {qformer.vocab}; use its own")
+    if words > qformer.vocab:
+        raise UserError(f"{source}: a BERT of {words} words, and the tokenizer knows {qformer.vocab}; use its own")
 
 
-def _report(model: Stage1Model, bert: TextConfig, has_head: bool, source: str) -> list[str]:
+def _report(
+    model: Stage1Model, bert: TextConfig, has_head: bool, source: str, words: Tensor | None
+) -> list[str]:
     qformer = model.config.qformer
     took = qformer.stack.layers
     layers = f"all {took} layers" if took == bert.stack.layers else f"the first {took} of {bert.stack.layers} layers"
     lines = [f"Q-Former started from {source}: {layers}"]
-    if qformer.vocab > bert.vocab:
+    if words is not None:
+        lines.append(f"vocabulary trimmed from {bert.vocab} to {qformer.vocab} words, those of the captions")
+    elif qformer.vocab > bert.vocab:
         lines.append(f"vocabulary grown from {bert.vocab} to {qformer.vocab} rows; the new ones are random")
     if bert.types:
         lines.append("token types dropped: the Q-Former has none")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from diptych.data.pairs import Files
+from diptych.data.pairs import Files, plain_errors
 from diptych.data.records import Record
 from diptych.data.transforms import Transform
 
@@ -43,11 +43,12 @@ def encode(
     """
     device = next(encoder.parameters()).device
     table, ready = torch.empty(0), 0
-    for pixels in DataLoader(_Each(Files(records, transform)), batch_size=batch, num_workers=workers):
-        tokens = encoder(pixels.to(device)).tokens
-        if not ready:
-            table = torch.empty((len(records), *tokens.shape[1:]), dtype=torch.bfloat16)
-        table[ready : ready + len(tokens)] = tokens.to("cpu", torch.bfloat16)
-        ready += len(tokens)
-        done(ready)
+    with plain_errors():
+        for pixels in DataLoader(_Each(Files(records, transform)), batch_size=batch, num_workers=workers):
+            tokens = encoder(pixels.to(device)).tokens
+            if not ready:
+                table = torch.empty((len(records), *tokens.shape[1:]), dtype=torch.bfloat16)
+            table[ready : ready + len(tokens)] = tokens.to("cpu", torch.bfloat16)
+            ready += len(tokens)
+            done(ready)
     return table

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -79,6 +79,18 @@ def number(name: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A worker process's UserError arrives wrapped in its traceback, whose last line is the one that was meant."""
+    try:
+        yield
+    except UserError as error:
+        *trace, line = str(error).strip().splitlines()
+        if not trace:
+            raise
+        raise UserError(line.partition(": ")[2]) from None
+
+
 class PairSteps(Dataset):
     """Step number → `PairBatch`. Each epoch is a permutation keyed by (seed, epoch); a short last batch is left out.
 
@@ -98,14 +110,19 @@ class PairSteps(Dataset):
         self.records, self.pictures, self.tokenizer = records, pictures, tokenizer
         self.captions, self.max_tokens, self.seed = captions, max_tokens, seed
         rows = len(records) if captions == "one" else sum(len(r.captions) for r in records)
-        if rows < 2:
+        if len({r.image_id for r in records}) < 2:
             raise UserError("training needs at least two pictures with captions: contrast compares them")
         self.batch = min(batch, rows)
         self.steps_per_epoch = rows // self.batch
-        self.order = lru_cache(maxsize=2)(self._order)
+        self._kept: tuple[int, np.ndarray] | None = None
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(rows, 2): which record, which of its captions, in the order of that epoch."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = (epoch, self._order(epoch))
+        return self._kept[1]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """(rows, 2): which record, which of its captions, in the order of that epoch."""
         draw = np.random.default_rng([self.seed, epoch])
         if self.captions == "one":
             counts = np.array([len(r.captions) for r in self.records])
@@ -131,4 +148,5 @@ class PairSteps(Dataset):
 
     def read(self, start: int, stop: int, workers: int = 0) -> Iterator[PairBatch]:
         """The batches of steps start … stop, in order, prepared by `workers` processes."""
-        yield from DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)
+        with plain_errors():
+            yield from DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)

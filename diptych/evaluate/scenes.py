@@ -19,6 +19,7 @@ from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
 from diptych.objectives.contrastive import similarity
 
+OBJECT = "colour and shape of an object"
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -41,7 +42,7 @@ def ceiling(truth: Sequence[scenes.Scene], records: Sequence[Record]) -> dict[st
 
 def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dict[str, Any]]:
     """A table of generated captions: what they claimed, and the share that is right, by attribute."""
-    names = {"object": "colour and shape of an object", "holds": "true as a whole"}
+    names = {"object": OBJECT, "holds": "true as a whole"}
     return [
         {"claim": names.get(name, name), "made": row["claimed"], "right": row["share"]}
         for name, row in scenes.breakdown(said, truth).items()
@@ -54,7 +55,8 @@ def negative_rows(
     """A table of one-word negatives: how often the true caption scores above the false one, by ITC and by ITM."""
     place = {record.image_id: i for i, record in enumerate(gallery.records)}
     listed = json.loads((Path(folder) / "negatives.json").read_text(encoding="utf-8"))["negatives"]
-    rows = [n for n in listed if n["image_id"] in place and n["language"] == language]
+    asked = [n for n in listed if n["image_id"] in place and n["language"] == language]
+    rows = list({(n["image_id"], n["attribute"]): n for n in reversed(asked)}.values())  # one of a kind a picture
     if not rows:
         return []
     where = torch.tensor([place[n["image_id"]] for n in rows])

@@ -5,6 +5,7 @@ R texts, T tokens.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer as Rust
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from diptych.errors import UserError
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, ENCODE = "[DEC]", "[ENC]"  # BLIP's: a text to be written, a text to be matched
 
 
@@ -27,12 +30,11 @@ class Tokenizer:
         self.rust = rust
         rust.no_padding()
         rust.no_truncation()
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        absent = [token for token in special if rust.token_to_id(token) is None]
+        absent = [token for token in SPECIAL if rust.token_to_id(token) is None]
         if absent:
             raise UserError(f"the tokenizer is not BERT's: it has no {', '.join(absent)}")
-        rust.add_special_tokens([*special, *added])
-        self.pad, self.unk, self.cls, self.sep, self.mask = (self.id(token) for token in special)
+        rust.add_special_tokens([*SPECIAL, *added])
+        self.pad, self.unk, self.cls, self.sep, self.mask = (self.id(token) for token in SPECIAL)
         self.size = rust.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -65,6 +67,24 @@ class Tokenizer:
         from huggingface_hub import hf_hub_download
 
         return cls(Rust.from_file(hf_hub_download(str(path), "tokenizer.json")), added)
+
+    def trimmed(self, texts: Iterable[str]) -> tuple[Tokenizer, Tensor]:
+        """A tokenizer that knows the pieces of `texts` alone, and the ids (n,) that its first n pieces had here.
+
+        Single characters stay, so that other words come apart instead of being unknown; `texts` are split as before,
+        for the longest piece that fits at each place is the same.
+        """
+        used = {token for encoding in self.rust.encode_batch(list(texts)) for token in encoding.tokens}
+        whole = json.loads(self.rust.to_str())
+        words = sorted(whole["model"]["vocab"].items(), key=lambda item: item[1])
+        kept = [(w, i) for w, i in words if w in used or w in SPECIAL or len(w.removeprefix("##")) == 1]
+        own = {token["content"] for token in whole["added_tokens"]} - set(SPECIAL)
+        whole["model"]["vocab"] = {word: place for place, (word, _) in enumerate(kept)}
+        whole |= {"added_tokens": [], "post_processor": None}
+        rust = Rust.from_str(json.dumps(whole))
+        ends = [(token, whole["model"]["vocab"][token]) for token in ("[CLS]", "[SEP]")]
+        rust.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        return Tokenizer(rust, sorted(own)), torch.tensor([i for _, i in kept])
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, which `load` reads."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.starts import bert_shape, start_from_bert
 from diptych.config import Settings
 from diptych.core.config import StackConfig
-from diptych.data.readers import read
+from diptych.data import readers
 from diptych.data.records import Record, hold_out
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
@@ -29,22 +30,29 @@ class Built:
     tokenizer: Tokenizer
 
 
-def splits(settings: Settings) -> dict[str, list[Record]]:
-    """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them."""
+def splits(settings: Settings, say: Say = lambda line: None) -> dict[str, list[Record]]:
+    """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them.
+
+    A data set that names no splits is trained on whole, and one without the val split has pictures held out for it:
+    `data.hold_out`, or a tenth of the pictures where that would be more.
+    """
     data, path = settings.data, settings.data.path
     if path is None:
         raise UserError("data.path is not set: give your captions file or folder, as data.path=PATH")
+    known = readers.splits(path)
 
     def part(name: str | None) -> list[Record]:
-        return read(path, images=data.images, split=name, limit=data.limit)
+        return readers.read(path, images=data.images, split=name if known else None, limit=data.limit)
 
     found = {"train": part(data.train)}
-    if data.hold_out:
-        found["train"], found["val"] = hold_out(found["train"], data.hold_out, seed=0)
-    elif data.val:
-        found["val"] = part(data.val)
-    if data.test:
-        found["test"] = part(data.test)
+    for role, name, usual in (("val", data.val, "val"), ("test", data.test, "test")):
+        if name in known or (known and name not in (None, usual)):
+            found[role] = part(name)
+    if "val" not in found and data.hold_out:
+        count = min(data.hold_out, len(found["train"]) // 10)
+        if count:
+            found["train"], found["val"] = hold_out(found["train"], count, seed=0)
+        say(f"{count} of the training pictures are held out for validation")
     return found
 
 
@@ -57,10 +65,23 @@ def tokenizer(settings: Settings) -> Tokenizer:
     return Tokenizer.load(chosen.start)
 
 
-def build(settings: Settings, say: Say = lambda line: None, initialise: bool = True) -> Built:
-    """The program, from random numbers keyed by the seed and, with `initialise`, from the start that settings name."""
+def build(
+    settings: Settings,
+    say: Say = lambda line: None,
+    initialise: bool = True,
+    encoder: nn.Module | None = None,
+    texts: Sequence[str] = (),
+) -> Built:
+    """The program, from random numbers keyed by the seed and, with `initialise`, from the start that settings name.
+
+    encoder: in place of the one that settings name. texts: the captions to be learned, which the vocabulary is trimmed
+    to where settings say so.
+    """
     torch.manual_seed(settings.train.seed)
-    chosen, words, encoder = settings.qformer, tokenizer(settings), image_encoder(settings.image_encoder)
+    chosen, words, kept = settings.qformer, tokenizer(settings), None
+    if texts and chosen.vocabulary == "data":
+        words, kept = words.trimmed(texts)
+    encoder = encoder or image_encoder(settings.image_encoder)
     folder = (
         {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
     )
@@ -69,7 +90,7 @@ def build(settings: Settings, say: Say = lambda line: None, initialise: bool = T
         width=shape.stack.width if shape else chosen.width,
         layers=chosen.layers or (shape.stack.layers if shape else 12),
         heads=shape.stack.heads if shape else chosen.heads,
-        mlp=shape.stack.mlp if shape else 4 * chosen.width,
+        mlp=shape.stack.mlp if shape else chosen.mlp or 4 * chosen.width,
         norm="post",
         eps=shape.stack.eps if shape else 1e-12,
         final_norm=False,
@@ -78,11 +99,11 @@ def build(settings: Settings, say: Say = lambda line: None, initialise: bool = T
         dropout=chosen.dropout,
         attention_dropout=chosen.dropout,
     )
-    positions = shape.positions if shape else 512
+    positions = shape.positions if shape else chosen.positions
     qformer = QFormerConfig(stack, chosen.queries, words.size, positions, words.pad)
-    model = Stage1Model(Stage1Config(qformer, chosen.embed, chosen.temperature))
+    model = Stage1Model(Stage1Config(qformer, chosen.embed, chosen.temperature, chosen.picture_eps))
     if folder and initialise:
-        for line in start_from_bert(model, folder):
+        for line in start_from_bert(model, folder, kept):
             say(line)
     on = settings.objectives
     objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share, on.captioning_share)

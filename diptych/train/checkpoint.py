@@ -43,15 +43,18 @@ def trained_state(program: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().contiguous() for name in kept}
 
 
-def save(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Writes a checkpoint aside and renames it into place: a reader finds the old one or the new one, never a half."""
+def save(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+    """Writes a checkpoint aside and renames it into place: a reader finds the old one or the new one, never a half.
+
+    optimizer: None for weights that were converted, and have no moments."""
     aside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file(trained_state(program), aside / "model.safetensors")
-    moments = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v.contiguous() for i, kept in moments["state"].items() for k, v in kept.items()}
-    save_file({k: v.reshape(1) if v.dim() == 0 else v for k, v in tensors.items()}, aside / "optimizer.safetensors")
+    if optimizer is not None:
+        moments = optimizer.state_dict()["state"]
+        tensors = {f"{i}.{k}": v.contiguous() for i, kept in moments.items() for k, v in kept.items()}
+        save_file({k: v.reshape(1) if v.dim() == 0 else v for k, v in tensors.items()}, aside / "optimizer.safetensors")
     frozen = {n: fingerprint(c) for n, c in program.named_children() if _weighs(c) and is_frozen(c)}
     record = {"version": VERSION, "frozen": frozen, "torch_generator": torch.get_rng_state().tolist(), **state}
     (aside / "state.json").write_text(json.dumps(record))

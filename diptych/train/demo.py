@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diptych import config
 from diptych.data import scenes
+from diptych.evaluate.scenes import OBJECT
 from diptych.train.evaluation import evaluate
 from diptych.train.run import train
 
@@ -40,7 +41,7 @@ def _tell(out: Path, result: dict, seconds: float) -> None:
         print(f"  {what}: right at first in {found:.0%} (chance {chance:.1%}, ceiling {best:.0%})")
     for rows in result["tables"].values():
         for row in rows:
-            if row.get("claim") == "colour and shape of an object" and row["right"] is not None:
+            if row.get("claim") == OBJECT and row["right"] is not None:
                 print(f"  captions that name an object's colour and shape rightly: {row['right']:.0%}")
     print(f"\nSee {out}/report.html in a browser. Then, with photographs of your own:")
     print("  diptych data check captions.json")

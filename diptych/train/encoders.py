@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from diptych import config
+from diptych import checkpoints, config
 from diptych.checkpoints import io, lavis, starter
 from diptych.core.surgery import freeze
 from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionTransformer
 
+# As BLIP-2 uses them
+SHAPES = {
+    "eva": config.TowerShape(width=1408, layers=39, heads=16, patch=14, mlp=6144),
+    "clip": config.TowerShape(width=1024, layers=23, heads=16, patch=14, mlp=4096),
+}
 NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip"
 
 
@@ -68,15 +74,16 @@ def _hugging_face(folder: str, chosen: config.Encoder) -> HFEncoder:
 
 
 def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
-    """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px."""
-    size = chosen.size or 224
-    if kind == "eva":
-        settings = lavis.eva_config(width=1408, layers=39, heads=16, patch=14, image_size=size)
-    else:
-        settings = lavis.clip_config(width=1024, layers=23, heads=16, patch=14, image_size=size)
+    """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px, or one
+    of another shape."""
+    shape, size = chosen.shape or SHAPES[kind], chosen.size or 224
+    if shape.width % shape.heads or size % shape.patch:
+        what = f"width {shape.width} and {shape.heads} heads, size {size} and patch {shape.patch}"
+        raise UserError(f"image_encoder: {what}: give a width that heads divide, and a size that patches do")
+    make = lavis.eva_config if kind == "eva" else lavis.clip_config
+    settings = make(shape.width, shape.layers, shape.heads, shape.patch, size)
+    settings = replace(settings, stack=replace(settings.stack, mlp=shape.mlp))
     encoder = VisionTransformer(settings)
     if chosen.weights:
-        from diptych import checkpoints
-
         checkpoints.load(encoder, chosen.weights, lavis.original(settings))
     return encoder

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.data import readers
 from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate import gallery as galleries
@@ -27,6 +28,7 @@ from diptych.train.run import Run, load
 from diptych.train.watch import Watch
 
 SHOWN = 12  # pictures of a report's gallery
+WAYS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 @dataclass
@@ -42,23 +44,27 @@ class Evaluated:
 
 def evaluate(
     folder: str | Path,
-    split: str = "test",
+    split: str | None = None,
     rerank: int | None = None,
     report: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluates a run on one of its splits ("train", "val", "test"), tells of it, and writes results.json beside it
-    and, with `report`, report.html. rerank: candidates that ITM re-ranks; the recipe's when None.
+    """Evaluates a run on one of its splits, tells of it, and writes results.json in its folder and, with `report`,
+    report.html. split: "train", "val" or "test"; test when None, or val where there is none. rerank: how many
+    candidates ITM re-ranks; the recipe's when None.
     """
     run = load(folder)
     watch = Watch(run.folder, say=say)
     parts = splits(run.settings)
+    split = split or ("test" if "test" in parts else "val")
     if split not in parts:
         raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
     found = figures(run, parts[split], rerank, watch)
     for result in found.results:
         for line in ["", *summary_lines(result)]:
             say(line)
+    if scenes.is_scenes(run.settings.data.path) and split == "test":
+        _unseen(run, found, watch)
     for title, rows in found.tables.items():
         for line in ["", title, *table_lines(rows)]:
             say(line)
@@ -103,6 +109,21 @@ def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
     rows = scenes.negative_rows(run.model, found.gallery, folder)
     if rows:
         found.tables["true caption above one that is false by a word"] = rows
+
+
+def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
+    """Adds a table that sets pictures with colour–shape pairs never trained on beside the others."""
+    folder = str(run.settings.data.path)
+    if "test_unseen" not in readers.splits(folder):
+        return
+    other = figures(run, readers.read(folder, split="test_unseen"), 0, watch)
+    rows = []
+    for name, part in (("seen", found), ("unseen", other)):
+        row: dict[str, Any] = {"colour–shape pairs": name, "pictures": len(part.gallery.records)}
+        row |= {f"{way} r@1, ITC": part.results[0][key]["r@1"] for key, way in WAYS.items()}
+        said = [r["right"] for t in part.tables.values() for r in t if r.get("claim") == scenes.OBJECT]
+        rows.append(row | {"object named rightly": said[0] if said else None})
+    found.tables["pictures of colour–shape pairs never trained on"] = rows
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

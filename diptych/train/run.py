@@ -15,7 +15,6 @@ from torch import Tensor
 from diptych import config
 from diptych.config import Settings
 from diptych.data.pairs import PairSteps
-from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate.inference import PictureText
 from diptych.train import checkpoint, loop
@@ -37,9 +36,10 @@ def train(settings: Settings, watch: Watch | None = None) -> Path:
     if (out / "settings.yaml").exists():
         raise UserError(f"{out}: a run is there already; give another out=FOLDER, or remove it")
     watch = watch or Watch(out)
-    parts = splits(settings)
-    built = build(settings, watch.say)
-    _warn_of_unknown_words(parts["train"], built, watch)
+    parts = splits(settings, watch.say)
+    texts = [text for record in parts["train"] for text in record.captions]
+    built = build(settings, watch.say, texts=texts)
+    _warn_of_unknown_words(texts, built, watch)
     program = built.program.to(device())
     batches = PairSteps(
         parts["train"],
@@ -94,23 +94,36 @@ class Run:
 
 
 def load(folder: str | Path) -> Run:
-    """Opens a run's folder, as `diptych train` wrote it."""
-    folder = Path(folder)
-    if not (folder / "settings.yaml").is_file():
-        raise UserError(f"{folder}: no run there (settings.yaml is missing); `diptych train` makes one")
-    settings = config.load(str(folder / "settings.yaml"))
-    built = build(settings, initialise=False)
-    state = checkpoint.load_model(folder / "checkpoint", built.program)
-    built.program.to(device()).eval()
-    encoder = built.program.image_encoder
+    """Opens a run's folder, as `diptych train` or `diptych convert` wrote it."""
+    settings, built, state = reopen(Path(folder))
+    program = built.program.to(device()).eval()
     model = PictureText(
-        encoder,
-        built.program.model,
+        program.image_encoder,
+        program.model,
         built.tokenizer,
         settings.data.max_tokens,
         loop.precision(settings.train.precision, device()),
     )
-    return Run(folder, settings, state, model)
+    return Run(Path(folder), settings, state, model)
+
+
+def reopen(folder: Path) -> tuple[Settings, Built, dict[str, Any]]:
+    """What a run was made of: its settings, the program with its trained weights, its state."""
+    if not (folder / "settings.yaml").is_file():
+        raise UserError(f"{folder}: no run there (settings.yaml is missing); `diptych train` makes one")
+    settings = _beside(folder, config.load(str(folder / "settings.yaml")))
+    built = build(settings, initialise=False)
+    return settings, built, checkpoint.load_model(folder / "checkpoint", built.program)
+
+
+def _beside(folder: Path, settings: Settings) -> Settings:
+    """With the files that lie in the run's own folder, wherever that is now: its tokenizer, and weights named there."""
+    if (folder / "tokenizer.json").is_file():
+        settings.qformer.tokenizer = str(folder)
+    weights = settings.image_encoder.weights
+    if weights and (folder / weights).is_file():
+        settings.image_encoder.weights = str(folder / weights)
+    return settings
 
 
 def _begin(out: Path, settings: Settings, built: Built) -> None:
@@ -120,10 +133,9 @@ def _begin(out: Path, settings: Settings, built: Built) -> None:
     (out / "settings.yaml").write_text(config.dump(settings), encoding="utf-8")
 
 
-def _warn_of_unknown_words(records: Sequence[Record], built: Built, watch: Watch) -> None:
+def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:
     """A vocabulary of another language would train to nothing, silently."""
-    texts = [text for record in records[:2000] for text in record.captions]
-    share = built.tokenizer.unknown_share(texts)
+    share = built.tokenizer.unknown_share(texts[:10_000])
     if share > UNKNOWN_ALARM:
         watch.say(
             f"warning: the tokenizer does not know {share:.0%} of the captions' words ([UNK]); "

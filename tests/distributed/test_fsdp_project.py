@@ -123,6 +123,9 @@ def work(rank: int, folder: str) -> None:
             assert all(isinstance(p, DTensor) for p in made.parameters())
             first = sum(ROWS[:rank])
             told = story(made, batch(first, first + ROWS[rank]))
+            with torch.no_grad():
+                asked(made)
+            assert all(isinstance(p, DTensor) for p in made.parameters())  # shared out again, ready to be saved
             for name, value in told.items():
                 if name.split()[-1] in ("itc", "itm", "lm", "loss"):  # each process's share; their mean is the loss
                     dist.all_reduce(value)

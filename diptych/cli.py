@@ -1,0 +1,340 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diptych import __version__
+from diptych.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from diptych.train.cost import Cost
+
+SETTINGS = "[KEY=VALUE]..."
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+class Told(click.ClickException):
+    """What ends a command: one line on stderr, and an exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(" ".join(message.splitlines()))
+        self.exit_code = code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"diptych: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """A group that names the nearest command to a misspelt one, and tells a user's mistakes without a traceback."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            ctx.fail(f"No such command '{name}'{nearest(name, self.list_commands(ctx))}.")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise Told(str(error), 2) from None
+        except KeyboardInterrupt:
+            raise Told("stopped by Ctrl-C", 130) from None
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise Told(f"{error.filename}: {error.strerror}", 2) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, message="diptych %(version)s")
+def cli() -> None:
+    """Train, fine-tune, evaluate and use models of pictures and words.
+
+    Begin with `diptych demo`, or with pictures and captions of your own:
+    `diptych train photos data.path=captions.json out=runs/mine`.
+    """
+
+
+def main() -> None:
+    """The console script: exit code 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    cli(prog_name="diptych")
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("settings", nargs=-1, metavar=SETTINGS)
+def train(recipe: str, settings: tuple[str, ...]) -> None:
+    """Train what RECIPE says.
+
+    RECIPE is a name (see `diptych recipes`) or a YAML file. Settings after it win over the recipe's: data.path=PATH
+    train.batch=32 out=runs/mine. `diptych show RECIPE` lists all.
+    """
+    from diptych import config
+
+    chosen = config.load(recipe, settings)
+    from diptych.train import run
+
+    folder = run.train(chosen)
+    click.echo(f"\nThe run is in {folder}. Next:")
+    for command in _next(folder, chosen.objectives.lm > 0):
+        click.echo(f"  {command}")
+
+
+def _next(folder: Path, captions: bool) -> list[str]:
+    lines = [f"diptych eval {folder}"]
+    if captions:
+        lines.append(f"diptych caption {folder} PICTURE")
+    return [*lines, f'diptych match {folder} PICTURE "a text" "another text"']
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("settings", nargs=-1, metavar=SETTINGS)
+@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Show the settings of RECIPE, and what a training step will take.
+
+    Parameters, floating-point operations and memory are counted before anything is trained. Without data.path captions
+    are taken to be as long as data.max_tokens allows.
+    """
+    from diptych import config
+
+    chosen = config.load(recipe, settings)
+    if not as_json:
+        click.echo(config.dump(chosen))
+    from diptych.train.build import splits
+    from diptych.train.cost import cost
+
+    records = splits(chosen)["train"] if chosen.data.path else None
+    found = cost(chosen, records)
+    if as_json:
+        from dataclasses import asdict
+
+        figures = {**asdict(found), "flops_of_a_step": found.step, "bytes_in_all": found.total}
+        click.echo(json.dumps({"settings": chosen.model_dump(mode="json"), "cost": figures}, indent=1))
+        return
+    for line in cost_lines(found):
+        click.echo(line)
+
+
+def cost_lines(cost: Cost) -> list[str]:
+    """A cost as text for 80 columns."""
+    lines = [f"{'parameters':<28}{'trained':>14}{'frozen':>14}"]
+    for part, count in cost.parameters.items():
+        lines.append(f"  {part:<26}{count.trained:>14,}{count.frozen:>14,}")
+    totals = [sum(getattr(count, kind) for count in cost.parameters.values()) for kind in ("trained", "frozen")]
+    lines.append(f"  {'in all':<26}{totals[0]:>14,}{totals[1]:>14,}")
+    lines += ["", f"a training step: {cost.batch} pictures, captions of {cost.tokens} tokens"]
+    lines += [f"  {name:<26}{_scaled(value, 'FLOP'):>14}" for name, value in cost.flops.items()]
+    once = "once a picture, not in a step" if cost.is_kept else "a picture, in every step"
+    lines.append(f"  {'image encoder':<26}{_scaled(cost.image, 'FLOP'):>14}  {once}")
+    lines.append(f"  {'a step in all':<26}{_scaled(cost.step, 'FLOP'):>14}")
+    lines += ["", f"memory, predicted ({cost.precision})"]
+    lines += [f"  {name:<26}{_scaled(value, 'B'):>14}" for name, value in cost.memory.items()]
+    if cost.is_kept and "features" not in cost.memory:
+        tokens, width = cost.image_tokens
+        one = _scaled(2 * tokens * width, "B")
+        lines.append(f"  {'features, a picture':<26}{one:>14}  {tokens} × {width}; give data.path for all")
+    lines.append(f"  {'in all':<26}{_scaled(cost.total, 'B'):>14}  Python and its libraries come on top")
+    return lines
+
+
+def _scaled(value: float, unit: str) -> str:
+    for size, prefix in PREFIXES:
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if value < 1000 * size else f"{value / size:.0f} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+@cli.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--rerank", type=click.IntRange(min=0), metavar="K", help="Candidates ITM re-ranks; default: the run's.")
+@click.option("--no-report", is_flag=True, help="Write results.json, and no report.html.")
+def evaluate(run: Path, split: str, rerank: int | None, no_report: bool) -> None:
+    """Evaluate RUN on a held-out split, and write its report.
+
+    Retrieval by ITC and re-ranked by ITM, generated captions, and chance beside each figure.
+    """
+    _check_run(run)
+    from diptych.train.evaluation import evaluate
+
+    evaluate(run, split=split, rerank=rerank, report=not no_report, say=click.echo)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...")
+@click.option("--beams", type=click.IntRange(min=1), help="1 is greedy; default: the run's.")
+@click.option("--json", "as_json", is_flag=True, help="For machines: a list of objects.")
+def caption(run: Path, pictures: tuple[str, ...], beams: int | None, as_json: bool) -> None:
+    """Say what is on each PICTURE."""
+    _check_run(run)
+    _check_pictures(pictures)
+    import diptych
+    from diptych.generate import Search
+
+    opened = diptych.load(run)
+    chosen = opened.settings.evaluation
+    if not opened.settings.objectives.lm:
+        raise UserError(f"{run} has learned no captions (objectives.lm is 0): train with objectives.lm=1")
+    search = Search(beams=beams or chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
+    said = opened.caption(list(pictures), search=search)
+    if as_json:
+        rows = [{"picture": p, "caption": c} for p, c in zip(pictures, said, strict=True)]
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for picture, words in zip(pictures, said, strict=True):
+        click.echo(f"{picture}: {words}" if len(pictures) > 1 else words)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("picture")
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--json", "as_json", is_flag=True, help="For machines: a list of objects.")
+def match(run: Path, picture: str, texts: tuple[str, ...], as_json: bool) -> None:
+    """Say how well each TEXT fits PICTURE.
+
+    ITC is the cosine between the two, from −1 to 1; ITM the probability that they belong together.
+    """
+    _check_run(run)
+    _check_pictures([picture])
+    for place, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"text {place} of {len(texts)} is empty: give words")
+    import diptych
+
+    rows = diptych.load(run).match(picture, list(texts))
+    if as_json:
+        found = [{"text": text, **row} for text, row in zip(texts, rows, strict=True)]
+        click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    click.echo("    ITM     ITC  text")
+    for text, row in zip(texts, rows, strict=True):
+        click.echo(f"{row['itm']:>7.1%} {row['itc']:>7.3f}  {text}")
+
+
+def _check_run(folder: Path) -> None:
+    """Before the seconds that models take to be imported."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give the run that `diptych train` made")
+
+
+def _check_pictures(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: there is no such picture")
+
+
+@cli.group(cls=Commands)
+def data() -> None:
+    """Make data sets, and check them."""
+
+
+@data.command()
+@click.argument("out")
+@click.option("--preset", default="simple", show_default=True, help="simple (2 objects) or hard.")
+@click.option("--train", type=int, default=4000, show_default=True, help="Pictures to train on.")
+@click.option("--val", type=int, default=300, show_default=True, help="Pictures to choose by.")
+@click.option("--test", type=int, default=300, show_default=True, help="Pictures to report.")
+@click.option("--unseen", type=int, default=300, show_default=True, help="Pictures of combinations not trained on.")
+@click.option("--size", type=int, default=128, show_default=True, help="Side in pixels.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def scenes(out: str, preset: str, train: int, val: int, test: int, unseen: int, size: int, seed: int) -> None:
+    """Draw pictures of coloured shapes, with true captions, to OUT."""
+    from diptych.data.scenes import write
+
+    made = write(out, preset, train=train, val=val, test=test, unseen=unseen, size=size, seed=seed)
+    there = "were there already" if made["kept"] else "drawn"
+    click.echo(f"{made['pictures']} pictures of {size} px {there}: {out}")
+    click.echo(f"Next: diptych data check {out} --split train")
+    click.echo(f"      diptych train demo data.path={out} out=runs/mine")
+
+
+@data.command()
+@click.argument("path")
+@click.option("--images", help="The folder that the pictures' paths start from.")
+@click.option("--split", help="Check this one only; default: train, val and test, of what there is.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Threads that open pictures.")
+def check(path: str, images: str | None, split: str | None, workers: int) -> None:
+    """Say what is in the data set at PATH, and what is wrong with it.
+
+    Every row is read and every picture opened. The exit code is 1 when there are faults.
+    """
+    from diptych.data.check import check
+
+    names = [split] if split else _files_by_split(path)
+    faults = 0
+    for name in names:
+        found = check(path, images=images, split=name, workers=workers)
+        if len(names) > 1:
+            click.echo(f"\n{name}\n{'─' * len(name)}")
+        for line in found.lines():
+            click.echo(line)
+        faults += len(found.faults)
+    if faults:
+        raise click.exceptions.Exit(1)
+
+
+def _files_by_split(path: str) -> list[str | None]:
+    """The usual splits that a folder has a file of each for; else None alone: all that is there at once."""
+    here = [name for name in ("train", "val", "test") if any(Path(path).glob(f"{name}.*"))]
+    return [*here] if len(here) > 1 else [None]
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--to", required=True, metavar="FORMAT", help="lavis, hf or diptych.")
+@click.option("--image-encoder", metavar="FILE|NAME", help="For a LAVIS file without its tower.")
+@click.option("--tokenizer", metavar="FOLDER", help="Default: bert-base-uncased's words, from the starter weights.")
+@click.option("--heads", type=click.IntRange(min=1), help="Of a LAVIS file's Q-Former; default: 12 for a width of 768.")
+@click.option("--image-heads", type=click.IntRange(min=1), help="Of its tower; default: 16 for EVA-g and CLIP-L.")
+def convert(
+    source: str,
+    out: str,
+    to: str,
+    image_encoder: str | None,
+    tokenizer: str | None,
+    heads: int | None,
+    image_heads: int | None,
+) -> None:
+    """Convert between runs and checkpoints of others.
+
+    SOURCE is a run, a LAVIS stage-1 file or a folder of Hugging Face's Blip2ForImageTextRetrieval; OUT is a .pth or
+    .safetensors file for lavis, else a folder. What a format can't hold is said, or refused.
+    """
+    if not Path(source).exists():
+        raise UserError(f"{source}: no such file or folder")
+    from diptych.train.convert import Choices, convert
+
+    made = convert(source, out, to, Choices(image_encoder, tokenizer, heads, image_heads), click.echo)
+    click.echo(f"converted: {made}")
+
+
+@cli.command()
+def demo() -> None:
+    """Draw scenes, learn from them and show how well, in minutes."""
+    from diptych.train import demo
+
+    demo.main()
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    import textwrap
+
+    from diptych import config
+
+    names = config.recipes()
+    width = max(map(len, names)) + 2
+    for name in names:
+        about = textwrap.wrap(config.load(name).about, 80 - width) or [""]
+        click.echo(name.ljust(width) + ("\n" + " " * width).join(about))

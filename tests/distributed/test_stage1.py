@@ -1,0 +1,188 @@
+"""Stage 1 over 1, 2 and 3 processes, in uneven batches, is stage 1 over the whole batch in one.
+
+B rows of all processes, T text tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diptych.core.config import StackConfig
+from diptych.data.pairs import PairBatch
+from diptych.models.blip2 import Stage1Config, Stage1Model
+from diptych.models.qformer import QFormerConfig
+from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.objectives.gather import gather
+from diptych.train.programs import Stage1, Stage1Objectives
+from tests.distributed import joined, launch, started_as
+
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+ROWS = 6
+# Negatives of each row, a picture for its text and a text for its picture; none: the program's own, keyed draws.
+DRAWS: dict[str, tuple[list[int], list[int]] | None] = {
+    "keyed": None,
+    # with 3 + 2 + 1 rows: the first rank draws from its own rows alone, the second from others' alone
+    "near and far": ([1, 2, 0, 0, 5, 4], [2, 0, 1, 5, 2, 3]),
+    "all one": ([5, 5, 5, 5, 5, 0], [1, 0, 0, 0, 0, 0]),  # one picture and one text that everyone asks for
+}
+SPLITS = {1: [(6,)], 2: [(4, 2), (1, 5), (3, 3)], 3: [(3, 2, 1), (1, 1, 4), (2, 2, 2)]}
+OBJECTIVES = {
+    "all": Stage1Objectives(),
+    "itc": Stage1Objectives(itm=0.0, lm=0.0),
+    "itm": Stage1Objectives(itc=0.0, lm=0.0),
+    "lm": Stage1Objectives(itc=0.0, itm=0.0),
+}
+
+
+def program(objectives: Stage1Objectives) -> Stage1:
+    """float64, drawn so that every term counts."""
+    torch.manual_seed(0)
+    encoder = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), 8, 4))
+    stack = StackConfig(8, 3, 2, 16, norm="post", cross_every=2, context_width=8, final_norm=False)
+    made = Stage1(encoder, Stage1Model(Stage1Config(QFormerConfig(stack, 3, 13, 9), 4)), objectives, 12, seed=5)
+    for name, parameter in made.double().named_parameters():
+        parameter.data = 0.4 * torch.randn_like(parameter) if "temperature" not in name else parameter.data
+    return made.train()
+
+
+def batch(first: int = 0, last: int = ROWS) -> PairBatch:
+    """Rows first … last of one batch, padded to the longest of them; rows 1 and 4 show one picture, 2 and 3 say the
+    same."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([4, 2, 6, 6, 5, 3])
+    ids = torch.randint(1, 12, (ROWS, 6), generator=draw)
+    ids[3] = ids[2]
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    pixels = torch.randn(ROWS, 3, 8, 8, generator=draw, dtype=torch.float64)
+    pixels[4] = pixels[1]
+    part, longest = slice(first, last), int(lengths[first:last].max())
+    image_id, caption_id = torch.tensor([0, 1, 2, 3, 1, 5]), torch.tensor([0, 1, 2, 2, 4, 5])
+    return PairBatch(
+        (ids * mask)[part, :longest],
+        mask[part, :longest],
+        image_id[part],
+        caption_id[part],
+        pixels[part],
+        step=3,
+        first_row=first,
+    )
+
+
+def story(rows: PairBatch, draws: str, which: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This process's losses and gradients."""
+    made, given = program(OBJECTIVES[which]), DRAWS[draws]
+    if given is not None:
+        part = slice(rows.first_row, rows.first_row + len(rows.ids))
+        numbers = {"negative picture": torch.tensor(given[0])[part], "negative text": torch.tensor(given[1])[part]}
+        made.draw = lambda weights, _, stream: numbers[stream]
+    losses = made(rows)
+    losses["loss"].backward()
+    gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in losses.items()}, gradients
+
+
+def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a data parallel wrapper leaves them, all in one message."""
+    flat = torch.cat([value.flatten() for value in tensors.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in tensors.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(tensors.items(), parts, strict=True)}
+
+
+def told(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
+    """The means over processes of losses and gradients, for every way of drawing and every objective."""
+    first = sum(split[:rank])
+    found = {}
+    for draws, which in cases():
+        losses, gradients = story(batch(first, first + split[rank]), draws, which)
+        for name, value in averaged(losses | gradients).items():
+            found[f"{draws}, {which}: {name}"] = value
+    return found
+
+
+def cases() -> list[tuple[str, str]]:
+    return [(draws, "all") for draws in DRAWS] + [("keyed", which) for which in OBJECTIVES if which != "all"]
+
+
+def gathered(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
+    """`gather` of rows that are not contiguous, and its gradient, which is the sum of what every process asks."""
+    first = sum(split[:rank])
+    whole = torch.arange(ROWS * 8, dtype=torch.float64).view(4, 2, ROWS)
+    ours = whole[:, :, first : first + split[rank]].permute(2, 0, 1).requires_grad_()
+    ours.retain_grad()
+    (gather(ours).permute(1, 0, 2) * (rank + 1) * whole.permute(0, 2, 1)).sum().backward()
+    return {"gather": gather(ours, differentiable=False), "gather's gradient": ours.grad, "first": torch.tensor(first)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    """The same in one process, over the whole batch."""
+    found = {}
+    for draws, which in cases():
+        losses, gradients = story(batch(), draws, which)
+        found |= {f"{draws}, {which}: {name}": value for name, value in (losses | gradients).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> dict[tuple[int, ...], list[dict[str, Tensor]]]:
+    """What every rank found for each split of the batch."""
+    folder = tmp_path_factory.mktemp("worlds")
+    launch(__file__, max(SPLITS), folder)
+    found: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
+    for rank in range(max(SPLITS)):
+        for split, said in torch.load(folder / f"{rank}.pt").items():
+            found.setdefault(split, []).append(said)
+    return found
+
+
+each_split = pytest.mark.parametrize("split", [split for size in SPLITS for split in SPLITS[size]], ids=str)
+
+
+@each_split
+def test_losses_and_gradients_are_those_of_one_process(split, worlds, alone):
+    assert len(worlds[split]) == len(split)
+    for rank, found in enumerate(worlds[split]):
+        ours = {name: value for name, value in found.items() if ": " in name}
+        assert ours.keys() == alone.keys()
+        for name, wanted in alone.items():
+            where = f"rank {rank}, {name}"
+            torch.testing.assert_close(ours[name], wanted, msg=lambda text, at=where: f"{at}: {text}", **EXACT)
+
+
+def test_every_term_counts(alone):
+    """No gradient is nought but key biases', which softmax does not feel; losses differ by the draws."""
+    for name, value in alone.items():
+        if ", all: " in name and "k.bias" not in name:
+            assert value.abs().max() > 1e-6, name
+    assert len({float(alone[f"{draws}, all: itm"]) for draws in DRAWS}) == len(DRAWS)
+
+
+@each_split
+def test_gather_of_rows_that_are_not_contiguous(split, worlds):
+    whole = torch.arange(ROWS * 8, dtype=torch.float64).view(4, 2, ROWS).permute(2, 0, 1)
+    for found, rows in zip(worlds[split], split, strict=True):
+        torch.testing.assert_close(found["gather"], whole, rtol=0, atol=0)
+        first = int(found["first"])
+        wanted = whole[first : first + rows] * sum(range(1, len(split) + 1))
+        torch.testing.assert_close(found["gather's gradient"], wanted, **EXACT)
+
+
+def work(rank: int, folder: Path) -> None:
+    """What each process does: the largest world first, then smaller ones of the first processes."""
+    found = {}
+    for size in sorted((size for size in SPLITS if rank < size), reverse=True):
+        with joined(rank, size, folder):
+            found |= {split: told(rank, split) | gathered(rank, split) for split in SPLITS[size]}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    rank, _, folder = started_as(sys.argv)
+    work(rank, folder)

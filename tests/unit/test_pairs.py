@@ -1,0 +1,215 @@
+"""Batches of pictures and captions: functions of the step alone, from files or from features made beforehand."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diptych.core.config import StackConfig
+from diptych.core.surgery import freeze
+from diptych.data.features import encode
+from diptych.data.pairs import Features, Files, PairBatch, PairSteps, number
+from diptych.data.records import Record
+from diptych.data.transforms import transform
+from diptych.errors import UserError
+from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
+from diptych.text.tokenizer import Tokenizer
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "red", "blue", "dog", "cat", "bus", "runs", "sits"]
+CAPTIONS = [
+    ("a red dog", "the dog runs", "the red dog sits"),
+    ("a blue cat",),
+    ("the bus", "a red bus"),
+    ("a dog", "the cat sits"),
+    ("the blue bus runs", "a bus"),
+    ("a cat runs",),
+    ("the dog",),
+]
+SPEC = ImageSpec(8)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[Record]:
+    """Seven pictures of noise; the last shows what the first does."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(len(CAPTIONS)):
+        Image.fromarray(draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return [Record(str(folder / f"{i}.png"), said, i % 6, f"row {i}") for i, said in enumerate(CAPTIONS)]
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.from_words(WORDS)
+
+
+@pytest.fixture
+def steps(records, words):
+    def make(batch: int = 3, captions: str = "one", seed: int = 0, **options) -> PairSteps:
+        return PairSteps(records, Files(records, transform(SPEC)), words, batch, captions, seed=seed, **options)
+
+    return make
+
+
+def equal(one: PairBatch, other: PairBatch) -> bool:
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+def rows_of(batches: PairSteps, epoch: int) -> list[tuple[int, int]]:
+    return [(int(i), int(j)) for i, j in batches.order(epoch)]
+
+
+def told(batch: PairBatch, words: Tokenizer) -> list[str]:
+    return [words.decode(row) for row in batch.ids]
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_going_on_from_a_step_gives_what_going_through_would(steps, captions):
+    """Over three epochs, from every step, in batches made anew: nothing is carried from step to step."""
+    whole = list(steps(captions=captions).read(0, 9))
+    assert [batch.step for batch in whole] == list(range(9))
+    for start in (1, 4, 8):
+        rest = list(steps(captions=captions).read(start, 9))
+        assert len(rest) == 9 - start
+        assert all(equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
+    assert not equal(whole[0], whole[2])
+
+
+def test_worker_processes_give_the_same_batches_in_order(steps):
+    for ours, theirs in zip(steps().read(1, 6), steps().read(1, 6, workers=2), strict=True):
+        assert equal(ours, theirs)
+
+
+def test_batches_can_be_handed_to_processes_that_share_no_memory(steps):
+    """As worker processes are started where they are not forked (macOS, Windows)."""
+    batches = steps()
+    batches[0]
+    assert equal(pickle.loads(pickle.dumps(batches))[4], batches[4])
+
+
+@pytest.mark.parametrize("captions, rows", [("one", 7), ("all", 12)])
+def test_an_epoch_is_a_permutation(steps, captions, rows):
+    batches = steps(captions=captions)
+    epochs = [rows_of(batches, epoch) for epoch in range(4)]
+    assert all(len(epoch) == rows for epoch in epochs)
+    for epoch in epochs:
+        assert sorted({i for i, _ in epoch}) == list(range(7))
+        assert all(j < len(CAPTIONS[i]) for i, j in epoch)
+        assert len(set(epoch)) == rows
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert rows_of(steps(captions=captions, seed=1), 0) != epochs[0] == rows_of(steps(captions=captions), 0)
+
+
+def test_one_caption_of_a_picture_is_drawn_afresh_each_epoch(steps):
+    batches = steps()
+    of_first = {dict(rows_of(batches, epoch))[0] for epoch in range(30)}
+    assert of_first == {0, 1, 2}
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_a_short_last_batch_is_left_out(steps, captions):
+    """Seven pictures make two batches of three, twelve pairs two of five; the next step begins the next epoch."""
+    batches = steps(batch=3 if captions == "one" else 5, captions=captions)
+    assert batches.steps_per_epoch == 2
+    third = batches[2]
+    assert len(third.ids) == batches.batch
+    second = rows_of(batches, 1)[: batches.batch]
+    assert third.image_id.tolist() == [number(i % 6) for i, _ in second]
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(steps):
+    batches = steps(batch=100)
+    assert (batches.batch, batches.steps_per_epoch) == (7, 1)
+    assert len(batches[0].ids) == 7
+
+
+def test_rows_belong_together(steps, words, records):
+    """Row r's pixels, ids and numbers are of one record and one of its captions."""
+    files = Files(records, transform(SPEC))
+    for batch, pairs in ((steps()[0], rows_of(steps(), 0)[:3]), (steps(captions="all")[5], None)):
+        pairs = pairs or rows_of(steps(captions="all"), 1)[3:6]
+        assert told(batch, words) == [CAPTIONS[i][j] for i, j in pairs]
+        assert batch.image_id.tolist() == [number(i % 6) for i, _ in pairs]
+        assert batch.caption_id.tolist() == [number(CAPTIONS[i][j]) for i, j in pairs]
+        assert torch.equal(batch.pixels, torch.stack([files.one(i) for i, _ in pairs])) and batch.tokens is None
+
+
+def test_equal_pictures_and_equal_words_have_equal_numbers(records, words):
+    """The same id is the same picture; case and white space do not make another caption, nor id 1 and id "1"."""
+    texts = ("A  red dog", "a red dog", "a red\tdog", "a dog")
+    said = [Record(records[0].image, (text,), int(text == "a dog"), "row") for text in texts]
+    batch = PairSteps(said, Features(torch.zeros(4, 1, 2)), words, 4)[0]
+    ids = dict(zip(told(batch, words), batch.caption_id.tolist(), strict=True))
+    assert sorted(batch.image_id.tolist()) == sorted([number(0)] * 3 + [number(1)])
+    assert sorted(batch.caption_id.tolist()).count(ids["a red dog"]) == 3 and ids["a dog"] != ids["a red dog"]
+    assert number(1) == number("1") != number(2) and 0 <= number("x") < 2**63
+
+
+def test_captions_are_cut_and_padded_to_the_longest_of_the_batch(steps, words):
+    batch = steps(captions="all", batch=12, max_tokens=5)[0]
+    assert batch.ids.shape == (12, 5) == batch.mask.shape
+    assert set(batch.ids[batch.mask == 1].tolist()) <= set(range(words.size)) - {words.pad}
+    assert all(words.sep in row for row in batch.ids.tolist())
+    assert steps(captions="all", batch=12)[0].ids.shape[1] == 6
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_fewer_than_two_pairs_are_refused(records, words, captions):
+    files = Files(records, transform(SPEC))
+    for few in ([], records[:1], [records[0], records[6]]):  # none, one of three captions, one twice
+        with pytest.raises(UserError, match="at least two pictures") as said:
+            PairSteps(few, files, words, 4, captions)
+        assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["missing", "corrupt", "cut", "empty"])
+def test_a_bad_picture_is_named_with_its_row(records, words, tmp_path, kind, workers):
+    """In one line, whichever process found it."""
+    path = tmp_path / "bad.png"
+    if kind != "missing":
+        good = Path(records[0].image).read_bytes()
+        path.write_bytes({"corrupt": b"no picture at all", "cut": good[: len(good) // 2], "empty": b""}[kind])
+    bad = [records[0], Record(str(path), ("a dog",), 9, "captions.json, image 9")]
+    files = Files(bad, transform(SPEC))
+    tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
+    for read in (
+        lambda: list(PairSteps(bad, files, words, 2).read(0, 1, workers)),
+        lambda: encode(tower, bad, files.transform, workers=workers),
+    ):
+        with pytest.raises(UserError) as said:
+            read()
+        line = str(said.value)
+        assert line.startswith(f"{path} (captions.json, image 9): ") and "\n" not in line
+
+
+def test_features_are_what_the_encoder_makes_of_the_files(records, words):
+    """Within bfloat16's 8 bits, for the same records in the same order, on any number of rows at a time."""
+    torch.manual_seed(0)
+    tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
+    encoder, heard = freeze(tower), []
+    table = encode(encoder, records, transform(SPEC), batch=3, done=heard.append)
+    assert table.shape == (7, 5, 8) and table.dtype == torch.bfloat16 and heard == [3, 6, 7]
+    live = PairSteps(records, Files(records, transform(SPEC)), words, 3)
+    kept = PairSteps(records, Features(table), words, 3)
+    for step in range(4):
+        ours, theirs = kept[step], live[step]
+        assert ours.pixels is None and ours.tokens.dtype == torch.float32
+        torch.testing.assert_close(ours.tokens, encoder(theirs.pixels).tokens, rtol=2**-8, atol=1e-6)
+        for name in ("ids", "mask", "image_id", "caption_id", "step", "first_row"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_a_batch_moves_whole(steps):
+    moved = steps()[1].to(torch.device("meta"))
+    held = [getattr(moved, f.name) for f in fields(moved)]
+    assert all(value.device.type == "meta" for value in held if isinstance(value, Tensor))
+    assert (moved.step, moved.first_row) == (1, 0)

@@ -1,0 +1,359 @@
+"""Training stage 1, small and in float32: what is frozen, what is kept, what is refused, and that it learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.config import Train
+from diptych.core.config import StackConfig
+from diptych.core.surgery import freeze
+from diptych.data.pairs import PairBatch
+from diptych.errors import UserError
+from diptych.generate import Search, generate
+from diptych.models.blip2 import Stage1Config, Stage1Model
+from diptych.models.qformer import QFormerConfig
+from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.objectives import contrastive, language
+from diptych.train import checkpoint, loop
+from diptych.train.programs import Stage1, Stage1Objectives
+from diptych.train.schedule import groups, optimizer, rate
+
+DEC, SEP = 12, 3
+SETTINGS = Train(batch=4, lr=3e-3, warmup=0.1, precision="float32")
+
+
+def program(
+    objectives: Stage1Objectives | None = None, frozen: bool = True, seed: int = 0, width: int = 8, dropout: float = 0.0
+) -> Stage1:
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16, dropout=dropout), 8, 4))
+    stack = StackConfig(width, 2, 2, 16, norm="post", cross_every=2, context_width=8, final_norm=False, dropout=dropout)
+    model = Stage1Model(Stage1Config(QFormerConfig(stack, 3, 13, 12), 8))
+    return Stage1(freeze(encoder) if frozen else encoder, model, objectives or Stage1Objectives(), DEC)
+
+
+def batch(rows: int = 4, step: int = 0) -> PairBatch:
+    draw = torch.Generator().manual_seed(step)
+    lengths = torch.randint(3, 7, (rows,), generator=draw)
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    ids, number = torch.randint(4, 12, (rows, 6), generator=draw) * mask, torch.arange(rows)
+    return PairBatch(ids, mask, number, number, torch.randn(rows, 3, 8, 8, generator=draw), step=step)
+
+
+def batches(start: int = 0) -> Iterator[PairBatch]:
+    step = start
+    while True:
+        yield batch(step=step)
+        step += 1
+
+
+def trained(made: Stage1, steps: int = 3, start: int = 0, moves=None, total: int = 6) -> torch.optim.Optimizer:
+    """`made` after steps start … steps of a run of `total`, and its optimizer."""
+    moves = moves or optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    with patch.object(loop, "rate", lambda number, _, warmup, final: rate(number, total, warmup, final)):
+        loop.run(made, moves, batches(start), SETTINGS, steps, start)
+    return moves
+
+
+def bits(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def moments(moves: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {f"{i}.{key}": value for i, kept in moves.state_dict()["state"].items() for key, value in kept.items()}
+
+
+# What is frozen.
+
+
+def test_a_frozen_encoder_keeps_its_bits_and_has_no_part_in_training():
+    made = program(dropout=0.5)
+    encoder, model = bits(made.image_encoder), bits(made.model)
+    moves = trained(made)
+    assert alike(bits(made.image_encoder), encoder) and not alike(bits(made.model), model)
+    assert made.model.training and not any(module.training for module in made.image_encoder.modules())
+    theirs = {id(p) for p in made.image_encoder.parameters()}
+    assert not theirs & {id(p) for group in moves.param_groups for p in group["params"]}
+    assert not theirs & {id(p) for p in moves.state}
+    assert all(p.grad is None for p in made.image_encoder.parameters())
+    assert not made.look(batch()).tokens.requires_grad
+
+
+def test_an_encoder_that_is_not_frozen_is_trained():
+    made = program(frozen=False)
+    encoder = bits(made.image_encoder)
+    moves = trained(made)
+    assert not any(torch.equal(tensor, encoder[name]) for name, tensor in bits(made.image_encoder).items())
+    assert {id(p) for p in made.image_encoder.parameters()} <= {id(p) for p in moves.state}
+    assert made.image_encoder.training and made.look(batch()).tokens.requires_grad
+
+
+def test_every_weight_of_the_model_learns():
+    made = program()
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    trained(made)
+    assert not [name for name, p in made.model.named_parameters() if torch.equal(p, before[name])]
+
+
+# Objectives that are off.
+
+
+@pytest.mark.parametrize("off", ["itc", "itm", "lm"])
+def test_an_objective_of_weight_0_is_not_computed(off):
+    made = program(Stage1Objectives(**{off: 0.0}))
+    function = {
+        "itc": patch.object(contrastive, "itc", side_effect=AssertionError),
+        "itm": patch.object(made.model, "match", side_effect=AssertionError),
+        "lm": patch.object(language, "caption_loss", side_effect=AssertionError),
+    }[off]
+    with function:
+        losses = made(batch())
+    assert losses.keys() == {"itc", "itm", "lm", "loss"} - {off}
+    with function, pytest.raises(AssertionError):  # the function watched is the one that computes it
+        program_of_all = Stage1(made.image_encoder, made.model, Stage1Objectives(), DEC)
+        program_of_all(batch())
+
+
+# Learning rate and weight decay.
+
+
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
+    rates = [rate(step, 100, 10, 0.01) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.01)
+    assert rates[55] == pytest.approx((1 + 0.01) / 2) and rates[10:] == sorted(rates[10:], reverse=True)
+    quarter = 10 + 90 / 4
+    at = 0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2
+    assert rates[32] > at > rates[33] and quarter == 32.5
+    assert rate(0, 1, 1, 0.01) == 1.0 and rate(500, 100, 10, 0.01) == pytest.approx(0.01)
+
+
+def test_the_loop_sets_the_rate_and_tells_it():
+    made, heard = program(), []
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    loop.run(made, moves, batches(), SETTINGS, 5, after=heard.append)
+    wanted = [SETTINGS.lr * rate(step, 5, 1, SETTINGS.final_lr) for step in range(5)]
+    assert [step.lr for step in heard] == pytest.approx(wanted) and [step.number for step in heard] == list(range(5))
+    assert all(group["lr"] == heard[-1].lr for group in moves.param_groups)
+    assert all(step.losses.keys() == {"itc", "itm", "lm", "loss"} and step.norm > 0 for step in heard)
+
+
+def test_matrices_and_tables_decay_and_nothing_else():
+    made = program()
+    decays, stays = groups(made, 0.3)
+    assert (decays["weight_decay"], stays["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in made.named_parameters()}
+    decayed, stayed = ({names[id(p)] for p in group["params"]} for group in (decays, stays))
+    assert len(decayed) == len(decays["params"]) and decayed | stayed == {n for n in names.values() if "encoder" not in n}
+    assert "model.qformer.query_tokens" in decayed and "model.qformer.embeddings.word.weight" in decayed
+    assert "model.temperature" in stayed
+    assert not [name for name in decayed if name.endswith("bias") or "norm" in name]
+    assert not [name for name in stayed if not (name.endswith(("bias", "temperature")) or "norm" in name)]
+
+
+def test_gradients_are_clipped_to_the_norm_that_settings_name():
+    made, seen = program(), []
+    moves = optimizer(made, 1e-3, (0.9, 0.98), 0.0)
+    settings = SETTINGS.model_copy(update={"clip": 0.01})
+    moves.register_step_pre_hook(lambda *_: seen.append(float(torch.nn.utils.get_total_norm(grads(made)))))
+    loop.run(made, moves, batches(), settings, 1)
+    assert seen == pytest.approx([0.01], rel=1e-3)
+
+
+def grads(made: Stage1) -> list[Tensor]:
+    return [p.grad for p in made.parameters() if p.grad is not None]
+
+
+# Checkpoints.
+
+
+def outputs(made: Stage1) -> dict[str, Tensor]:
+    """Losses, embeddings, matches and captions."""
+    made.eval()
+    rows = batch(step=77)
+    with torch.no_grad():
+        found = made.encode(rows)
+        losses = made.loss(replace(found, past=found.past.fork()), rows)
+        start = torch.full((4, 1), DEC)
+        captions = generate(made.model.step, found.past, start, SEP, 0, Search(beams=2, max_length=6))
+        match = made.model.match(found.memory, rows.ids, rows.mask)
+    told = {"pictures": found.pictures, "texts": found.texts, "match": match}
+    return losses | told | {"captions": captions.ids, "scores": captions.scores}
+
+
+def test_a_checkpoint_gives_back_outputs_and_moments_to_the_bit(tmp_path):
+    made = program(seed=1)
+    moves = trained(made)
+    checkpoint.save(tmp_path / "checkpoint", made, moves, {"step": 3})
+    again = program(seed=1)
+    assert not alike(outputs(again), outputs(made))
+    assert checkpoint.load_model(tmp_path / "checkpoint", again)["step"] == 3
+    assert alike(bits(again), bits(made)) and alike(outputs(again), outputs(made))
+    assert again.model.language_head.decoder.weight is again.model.qformer.embeddings.word.weight
+    new = optimizer(again, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    checkpoint.load_optimizer(tmp_path / "checkpoint", new)
+    assert moments(moves) and alike(moments(new), moments(moves))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_going_on_from_a_checkpoint_is_going_on(tmp_path, frozen):
+    """Three steps, a checkpoint, three more; and six in one go: the same bits."""
+    whole = program(frozen=frozen)
+    last = trained(whole, 6)
+    half = program(frozen=frozen)
+    checkpoint.save(tmp_path / "checkpoint", half, trained(half, 3), {"step": 3})
+    again = program(frozen=frozen)
+    state = checkpoint.load_model(tmp_path / "checkpoint", again)
+    moves = optimizer(again, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    checkpoint.load_optimizer(tmp_path / "checkpoint", moves)
+    trained(again, 6, state["step"], moves)
+    assert alike(bits(again), bits(whole)) and alike(moments(moves), moments(last))
+
+
+def test_a_checkpoint_leaves_frozen_weights_out_and_holds_a_tied_one_once(tmp_path):
+    made = program()
+    state = checkpoint.trained_state(made)
+    assert not [name for name in state if name.startswith("image_encoder")]
+    assert "model.qformer.embeddings.word.weight" in state and "model.language_head.decoder.weight" not in state
+    assert any(name.startswith("image_encoder") for name in checkpoint.trained_state(program(frozen=False)))
+
+
+def test_a_later_checkpoint_takes_the_place_of_an_earlier_one(tmp_path):
+    made = program()
+    folder, moves = tmp_path / "checkpoint", trained(made)
+    checkpoint.save(folder, made, moves, {"step": 3})
+    trained(made, 5, 3, moves)
+    checkpoint.save(folder, made, moves, {"step": 5})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert checkpoint.load_model(folder, again := program())["step"] == 5 and alike(bits(again), bits(made))
+
+
+@pytest.fixture
+def kept(tmp_path) -> Path:
+    made = program()
+    checkpoint.save(tmp_path / "checkpoint", made, trained(made, 1), {"step": 1})
+    return tmp_path / "checkpoint"
+
+
+def refused(folder: Path, made: Stage1, what: str) -> None:
+    """In one line that names the checkpoint, with the program as it was."""
+    before = bits(made)
+    with pytest.raises(UserError, match=what) as said:
+        checkpoint.load_model(folder, made)
+    assert str(folder) in str(said.value) and "\n" not in str(said.value)
+    assert alike(bits(made), before)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(kept):
+    refused(kept, program(width=12), "another shape")
+
+
+def test_a_checkpoint_beside_another_frozen_encoder_is_refused(kept):
+    other = program()
+    with torch.no_grad():
+        other.image_encoder.patches.bias[0] += 1e-6
+    refused(kept, other, "another image_encoder")
+
+
+def test_a_checkpoint_of_a_frozen_encoder_is_refused_where_it_is_to_be_trained(kept):
+    refused(kept, program(frozen=False), "is missing")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+@pytest.mark.parametrize("cut", ["half", "empty", "gone"])
+def test_a_cut_checkpoint_is_refused(kept, name, cut):
+    file = kept / name
+    whole = file.read_bytes()
+    file.unlink() if cut == "gone" else file.write_bytes(whole[: len(whole) // 2] if cut == "half" else b"")
+    refused(kept, program(), "can't be read|no checkpoint there")
+
+
+@pytest.mark.parametrize("cut", ["half", "empty", "gone"])
+def test_cut_moments_are_refused(kept, cut):
+    file = kept / "optimizer.safetensors"
+    whole = file.read_bytes()
+    file.unlink() if cut == "gone" else file.write_bytes(whole[: len(whole) // 2] if cut == "half" else b"")
+    with pytest.raises(UserError, match="optimizer.safetensors") as said:
+        checkpoint.load_optimizer(kept, optimizer(program(), 1e-3, (0.9, 0.98), 0.0))
+    assert "\n" not in str(said.value)
+
+
+def test_no_checkpoint_at_all_is_said(tmp_path):
+    refused(tmp_path / "none", program(), "no checkpoint there")
+
+
+# Learning, and when it can't.
+
+
+def test_eight_pairs_are_learned_by_heart():
+    """All three objectives to near zero: pairs found, negatives told apart, captions written word for word."""
+    rows = replace(batch(8, step=5), step=0)
+    draw = torch.Generator().manual_seed(9)
+    words = torch.stack([torch.randperm(8, generator=draw)[:4] + 4 for _ in range(8)])
+    ids = F.pad(words, (1, 1), value=SEP)
+    ids[:, 0] = 2
+    rows = replace(rows, ids=ids, mask=torch.ones_like(ids))
+    torch.manual_seed(0)
+    encoder = freeze(VisionTransformer(VisionConfig(StackConfig(16, 1, 2, 32), 8, 4)))
+    stack = StackConfig(32, 2, 4, 64, norm="post", cross_every=1, context_width=16, final_norm=False)
+    model = Stage1Model(Stage1Config(QFormerConfig(stack, 4, 13, 12), 16))
+    made = Stage1(encoder, model, Stage1Objectives(smoothing=0.0), DEC)
+    rows = replace(rows, tokens=made.look(rows).tokens, pixels=None)
+    heard, steps = [], 300
+    settings = Train(batch=8, lr=5e-3, weight_decay=0.0, precision="float32")
+    moves = optimizer(made, settings.lr, settings.betas, settings.weight_decay)
+    loop.run(made, moves, (replace(rows, step=i) for i in range(steps)), settings, steps, after=heard.append)
+    assert heard[0].losses["loss"] > 4
+    assert all(value < 0.05 for value in heard[-1].losses.values()), heard[-1].losses
+    made.eval()
+    with torch.no_grad():
+        found = made.encode(rows)
+        start = torch.full((8, 1), DEC)
+        said = generate(made.model.step, found.past, start, SEP, 0, Search(max_length=8)).ids
+        cosines = contrastive.similarity(found.pictures, found.texts)
+    assert torch.equal(said[:, 1:], ids[:, 1:])
+    assert torch.equal(cosines.argmax(1), torch.arange(8)) and torch.equal(cosines.argmax(0), torch.arange(8))
+
+
+@pytest.mark.parametrize("what", ["pixels", "weight"])
+def test_a_loss_that_is_no_number_stops_with_a_line(what):
+    """It names the step and the loss; weights are as they were before the step."""
+    made, stream = program(), [batch(), batch(step=1)]
+    if what == "pixels":
+        stream[1].pixels[0, 0, 0, 0] = float("nan")
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    kept = {}
+
+    def after(step: loop.Step) -> None:
+        if what == "weight":
+            with torch.no_grad():
+                made.model.matching_head.bias[0] = float("inf")
+        kept.update(bits(made))
+
+    with pytest.raises(UserError, match="step 1: the loss it[cm] is no finite number") as said:
+        loop.run(made, moves, iter(stream), SETTINGS, 2, after=after)
+    assert "\n" not in str(said.value) and "train.lr" in str(said.value)
+    assert alike(bits(made), kept)
+
+
+def test_a_gradient_that_is_no_number_stops_too():
+    made = program()
+    made.model.picture_projection.weight.register_hook(lambda grad: grad * float("nan"))
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    before = bits(made)
+    with pytest.raises(UserError, match="step 0: the gradients' norm is no finite number"):
+        loop.run(made, moves, batches(), SETTINGS, 1)
+    assert alike(bits(made), before)
