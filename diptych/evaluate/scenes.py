@@ -46,6 +46,7 @@ def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dic
     return [
         {"claim": names.get(name, name), "made": row["claimed"], "right": row["share"]}
         for name, row in scenes.breakdown(said, truth).items()
+        if row["claimed"]
     ]
 
 

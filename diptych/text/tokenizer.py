@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,7 @@ class Tokenizer:
         self.rust = rust
         rust.no_padding()
         rust.no_truncation()
-        absent = [token for token in SPECIAL if rust.token_to_id(token) is None]
-        if absent:
-            raise UserError(f"the tokenizer is not BERT's: it has no {', '.join(absent)}")
+        _check_special(rust.get_vocab())
         rust.add_special_tokens([*SPECIAL, *added])
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.id(token) for token in SPECIAL)
         self.size = rust.get_vocab_size(with_added_tokens=True)
@@ -51,6 +49,7 @@ class Tokenizer:
     def from_words(cls, words: Iterable[str], added: Iterable[str] = (START,)) -> Tokenizer:
         """From a vocabulary in order of ids, lowercased."""
         vocabulary = {word: i for i, word in enumerate(words)}
+        _check_special(vocabulary)
         return cls(BertWordPieceTokenizer(vocabulary, lowercase=True)._tokenizer, added)
 
     @classmethod
@@ -122,3 +121,9 @@ class Tokenizer:
             words += len(starts)
             unknown += sum(token == self.unk for token in starts.values())
         return unknown / max(words, 1)
+
+
+def _check_special(vocabulary: Mapping[str, int]) -> None:
+    absent = [token for token in SPECIAL if token not in vocabulary]
+    if absent:
+        raise UserError(f"the tokenizer is not BERT's: it has no {', '.join(absent)}")

@@ -94,7 +94,11 @@ def load_model(folder: Path, program: nn.Module) -> dict[str, Any]:
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Gives an optimizer over the same parameters the moments of a checkpoint."""
-    kept = load_file(folder / "optimizer.safetensors")
+    file = folder / "optimizer.safetensors"
+    try:
+        kept = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: the optimizer's moments can't be read ({error})") from None
     moments = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in kept.items():

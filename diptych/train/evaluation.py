@@ -105,10 +105,10 @@ def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
         result["ceiling"] = best
     if found.said:
         rows = scenes.caption_rows(found.said, truth[: len(found.said)])
-        found.tables[f"what {len(found.said)} generated captions claim"] = rows
+        found.tables[f"What {len(found.said)} generated captions claim"] = rows
     rows = scenes.negative_rows(run.model, found.gallery, folder)
     if rows:
-        found.tables["true caption above one that is false by a word"] = rows
+        found.tables["True caption above one that is false by a word"] = rows
 
 
 def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
@@ -123,7 +123,7 @@ def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
         row |= {f"{way} r@1, ITC": part.results[0][key]["r@1"] for key, way in WAYS.items()}
         said = [r["right"] for t in part.tables.values() for r in t if r.get("claim") == scenes.OBJECT]
         rows.append(row | {"object named rightly": said[0] if said else None})
-    found.tables["pictures of colour–shape pairs never trained on"] = rows
+    found.tables["Pictures of colour–shape pairs never trained on"] = rows
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -148,8 +148,8 @@ def report_data(run: Run, found: Evaluated, split: str) -> ReportData:
     curves = {name: (steps, [row[key] for row in log]) for key, name in named.items() if log and key in log[0]}
     batch = run.settings.train.batch
     return ReportData(
-        title=f"{run.folder.name}: {run.settings.about or 'a stage-1 model'}",
-        recipe=run.settings.program,
+        title=run.folder.name,
+        recipe=run.settings.about or run.settings.program,
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         seconds=sum(batch / row["samples_per_second"] for row in log),
         samples=batch * len(log),

@@ -68,6 +68,11 @@ class Stage1(Program):
         self.image_encoder, self.model = image_encoder, model
         self.objectives, self.start_id, self.seed = objectives, start_id, seed
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps the temperature above 0, as BLIP does: past it, training would go on with cosines turned round."""
+        self.model.temperature.clamp_(min=0.001)
+
     def look(self, batch: PairBatch) -> ImageTokens:
         if batch.tokens is not None:
             return ImageTokens(batch.tokens, (0, 0))

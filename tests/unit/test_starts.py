@@ -167,3 +167,14 @@ def test_the_starter_text_model():
     assert start_from_bert(model, folder)[0].endswith("the first 2 of 6 layers")
     words = io.read(folder)["embeddings.word_embeddings.weight"]
     assert torch.equal(model.qformer.embeddings.word.weight[:-1], words)
+
+
+def test_a_trimmed_vocabulary_takes_the_rows_of_the_words_it_kept(bert):
+    theirs, folder = bert
+    kept = torch.tensor([0, 3, 7, 30])
+    model = Stage1Model(stage1(vocab=len(kept) + 1))
+    lines = start_from_bert(model, folder, kept)
+    words = theirs.bert.embeddings.word_embeddings.weight
+    assert torch.equal(model.qformer.embeddings.word.weight[: len(kept)], words[kept])
+    assert torch.equal(model.language_head.decoder.bias[: len(kept)], theirs.cls.predictions.bias[kept])
+    assert any("trimmed from 31 to 5" in line for line in lines)

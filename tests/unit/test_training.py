@@ -157,7 +157,7 @@ def test_matrices_and_tables_decay_and_nothing_else():
     assert (decays["weight_decay"], stays["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in made.named_parameters()}
     decayed, stayed = ({names[id(p)] for p in group["params"]} for group in (decays, stays))
-    assert len(decayed) == len(decays["params"]) and decayed | stayed == {n for n in names.values() if "encoder" not in n}
+    assert len(decayed) == len(decays["params"]) and decayed | stayed == {n for n in names.values() if "model." in n}
     assert "model.qformer.query_tokens" in decayed and "model.qformer.embeddings.word.weight" in decayed
     assert "model.temperature" in stayed
     assert not [name for name in decayed if name.endswith("bias") or "norm" in name]
@@ -326,6 +326,15 @@ def test_eight_pairs_are_learned_by_heart():
         cosines = contrastive.similarity(found.pictures, found.texts)
     assert torch.equal(said[:, 1:], ids[:, 1:])
     assert torch.equal(cosines.argmax(1), torch.arange(8)) and torch.equal(cosines.argmax(0), torch.arange(8))
+
+
+def test_the_temperature_never_passes_zero():
+    """A step may be larger than it is; below 0 losses would fall by pushing pairs apart."""
+    made, heard = program(), []
+    moves = optimizer(made, 0.5, SETTINGS.betas, 0.0)
+    settings = SETTINGS.model_copy(update={"lr": 0.5})
+    loop.run(made, moves, batches(), settings, 6, after=lambda _: heard.append(float(made.model.temperature)))
+    assert len(set(heard)) > 1 and min(heard) == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("what", ["pixels", "weight"])
