@@ -34,8 +34,8 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
         return getattr(torch, wanted)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device):
