@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
 from diptych.data.transforms import open_picture, transform
+from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.blip2 import Stage1Model
 from diptych.models.vision import ImageTokens
@@ -138,6 +139,9 @@ class PictureText:
 
     def say(self, past: Past, rows: int, search: Search) -> list[str]:
         """Captions that go on from a past of `rows` pictures."""
+        known = self.model.config.qformer.positions
+        if search.max_length > known:
+            raise UserError(f"captions of {search.max_length} tokens are asked for; the model knows {known} positions")
         start = torch.full((rows, 1), self.tokenizer.start, device=self.device)
         found = generate(self.model.step, past, start, self.tokenizer.sep, self.tokenizer.pad, search)
         return [self.tokenizer.decode(row) for row in found.ids]

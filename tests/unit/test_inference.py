@@ -1,0 +1,99 @@
+"""A model in use gives the same whatever the batch: embeddings, matching, captions, retrieval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych.core.config import StackConfig
+from diptych.data.records import Record
+from diptych.errors import UserError
+from diptych.evaluate import gallery as galleries
+from diptych.evaluate.gallery import Gallery
+from diptych.evaluate.inference import PictureText
+from diptych.generate import Search
+from diptych.models.blip2 import Stage1Config, Stage1Model
+from diptych.models.qformer import QFormerConfig
+from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.text.tokenizer import Tokenizer
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(
+    "a", "red", "blue", "green", "dog", "cat", "bird", "runs", "sits", "on", "the", "grass"
+)]  # fmt: skip
+TEXTS = ["a red dog", "the blue cat sits on the grass", "a bird", "the green bird runs", "red", "a cat on the dog"]
+
+
+@pytest.fixture(scope="module")
+def model() -> PictureText:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_words(WORDS)
+    tower = VisionTransformer(VisionConfig(StackConfig(16, 1, 2, 32), image_size=16, patch=4))
+    stack = StackConfig(
+        24, 2, 3, 48, norm="post", eps=1e-12, final_norm=False, cross_every=2, context_width=16, dropout=0.1
+    )
+    stage1 = Stage1Model(Stage1Config(QFormerConfig(stack, 4, tokenizer.size, 40), embed=8))
+    with torch.no_grad():
+        for parameter in stage1.parameters():  # far enough from zero for captions and scores to differ
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return PictureText(tower, stage1, tokenizer, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+@pytest.fixture(scope="module")
+def gallery(model, pictures) -> Gallery:
+    tokens = torch.cat([seen.tokens for seen in model.image_tokens(pictures)])
+    records = [Record(f"/{i}.png", (TEXTS[i], TEXTS[-1 - i]), i, "") for i in range(len(pictures))]
+    return Gallery.of(records, tokens)
+
+
+def test_embeddings_do_not_depend_on_the_batch(model, pictures):
+    whole = model.embed_images(pictures), model.embed_texts(TEXTS)
+    torch.testing.assert_close(model.embed_images(pictures, batch=2), whole[0], rtol=0, atol=1e-6)
+    for batch in (1, 4):
+        torch.testing.assert_close(model.embed_texts(TEXTS, batch=batch), whole[1], rtol=0, atol=1e-6)
+    one_by_one = torch.cat([model.embed_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(one_by_one, whole[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole[0].norm(dim=-1), torch.ones(5, 4))
+
+
+def test_matching_a_picture_agrees_with_matching_pairs(model, pictures, gallery):
+    rows = torch.arange(5).repeat_interleave(len(TEXTS))
+    pairs = model.match_rows(model.project(gallery.tokens), rows, TEXTS * 5).sigmoid().view(5, -1)
+    for i, picture in enumerate(pictures):
+        alone = model.match(picture, TEXTS)
+        torch.testing.assert_close(torch.tensor([a["itm"] for a in alone]), pairs[i], rtol=0, atol=1e-5)
+        cosines = model.similarity([picture], TEXTS)[0]
+        torch.testing.assert_close(torch.tensor([a["itc"] for a in alone]), cosines, rtol=0, atol=1e-6)
+    assert pairs.std() > 1e-3  # or anything would agree
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_captions_do_not_depend_on_the_batch(model, pictures, beams):
+    search = Search(beams=beams, max_length=10, min_length=3)
+    together = model.caption(pictures, search=search)
+    assert together == [said for picture in pictures for said in model.caption([picture], search=search)]
+    assert together == model.caption(pictures, search=search, batch=2)
+    assert len(set(together)) > 1
+
+
+def test_re_ranking_every_pair_ranks_by_matching(model, gallery):
+    scores = galleries.similarities(model, gallery)
+    assert scores.shape == (5, 10)
+    result, found = galleries.reranked(model, gallery, scores, 10, "itm")
+    every = galleries.pair_scorer(model, gallery)(
+        torch.arange(5).repeat_interleave(10), torch.arange(10).repeat(5)
+    ).view(5, 10)
+    torch.testing.assert_close(found.image_to_text, every, rtol=0, atol=1e-5)
+    assert "re-ranked by ITM" in result["protocol"] and "ITC" in galleries.by_itc(scores, gallery)["protocol"]
+
+
+def test_a_caption_longer_than_the_model_knows_is_said(model, pictures):
+    with pytest.raises(UserError, match="positions"):
+        model.caption(pictures[:1], search=Search(max_length=100, min_length=90))
