@@ -19,15 +19,19 @@ SETTINGS = "[KEY=VALUE]..."
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-class Told(click.ClickException):
-    """What ends a command: one line on stderr, and an exit code."""
+class Mistake(click.ClickException):
+    """A user's: one line on stderr, and an exit code."""
 
-    def __init__(self, message: str, code: int):
-        super().__init__(" ".join(message.splitlines()))
-        self.exit_code = code
+    exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"diptych: {self.message}", err=True)
+        click.echo(f"diptych: {' '.join(self.message.splitlines())}", err=True)
+
+
+class Stopped(Mistake):
+    """By Ctrl-C."""
+
+    exit_code = 130
 
 
 class Commands(click.Group):
@@ -43,11 +47,11 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise Told(str(error), 2) from None
+            raise Mistake(str(error)) from None
         except KeyboardInterrupt:
-            raise Told("stopped by Ctrl-C", 130) from None
+            raise Stopped("stopped by Ctrl-C") from None
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise Told(f"{error.filename}: {error.strerror}", 2) from error
+            raise Mistake(f"{error.filename}: {error.strerror}") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -99,8 +103,8 @@ def _next(folder: Path, captions: bool) -> list[str]:
 def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Show the settings of RECIPE, and what a training step will take.
 
-    Parameters, floating-point operations and memory are counted before anything is trained. Without data.path captions
-    are taken to be as long as data.max_tokens allows.
+    Parameters, floating-point operations and memory are counted before anything is trained. Without data captions are
+    taken to be as long as data.max_tokens allows.
     """
     from diptych import config
 
@@ -110,14 +114,17 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     from diptych.train.build import splits
     from diptych.train.cost import cost
 
-    records = splits(chosen)["train"] if chosen.data.path else None
-    found = cost(chosen, records)
+    has_data = chosen.data.path is not None and Path(chosen.data.path).exists()
+    found = cost(chosen, splits(chosen)["train"] if has_data else None)
     if as_json:
         from dataclasses import asdict
 
         figures = {**asdict(found), "flops_of_a_step": found.step, "bytes_in_all": found.total}
         click.echo(json.dumps({"settings": chosen.model_dump(mode="json"), "cost": figures}, indent=1))
         return
+    if not has_data:
+        where = f"data.path={chosen.data.path} is not there yet" if chosen.data.path else "no data.path is given"
+        click.echo(f"{where}: captions are taken to be as long as may be\n")
     for line in cost_lines(found):
         click.echo(line)
 
@@ -273,7 +280,7 @@ def check(path: str, images: str | None, split: str | None, workers: int) -> Non
     faults = 0
     for name in names:
         found = check(path, images=images, split=name, workers=workers)
-        if len(names) > 1:
+        if name and len(names) > 1:
             click.echo(f"\n{name}\n{'─' * len(name)}")
         for line in found.lines():
             click.echo(line)

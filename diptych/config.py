@@ -185,7 +185,7 @@ def parse(tree: Any, where: str) -> Settings:
 
 def dump(settings: Settings) -> str:
     """YAML that `parse` reads back."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=78)
 
 
 def _shelf():

@@ -32,7 +32,7 @@ def start_from_bert(model: Stage1Model, path: str | Path, words: Tensor | None =
     head where the checkpoint has one. The queries' feed-forwards begin as the text's. Words beyond the BERT's ([DEC])
     keep the random rows they were built with, as do query tokens, cross-attention and the other heads.
     path: a Hugging Face folder or hub id. words: which of the BERT's words the model's first ones are, where its
-    vocabulary was trimmed (`Tokenizer.trimmed`). Raises UserError when the sizes don't fit; the model is then as it was.
+    vocabulary was trimmed (`Tokenizer.trimmed`). UserError when the sizes don't fit; the model is then as it was.
     """
     theirs, shape = io.read(path), bert_shape(path)
     _check_sizes(model, shape, str(path), shape.vocab if words is None else len(words))
@@ -80,9 +80,7 @@ def _check_sizes(model: Stage1Model, bert: TextConfig, source: str, words: int) 
         raise UserError(f"{source}: a BERT of {words} words, and the tokenizer knows {qformer.vocab}; use its own")
 
 
-def _report(
-    model: Stage1Model, bert: TextConfig, has_head: bool, source: str, words: Tensor | None
-) -> list[str]:
+def _report(model: Stage1Model, bert: TextConfig, has_head: bool, source: str, words: Tensor | None) -> list[str]:
     qformer = model.config.qformer
     took = qformer.stack.layers
     layers = f"all {took} layers" if took == bert.stack.layers else f"the first {took} of {bert.stack.layers} layers"

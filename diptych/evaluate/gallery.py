@@ -47,7 +47,8 @@ def by_itc(scores: Tensor, gallery: Gallery) -> dict:
     return retrieval(scores, gallery.ids, gallery.text_ids, Protocol.of(gallery.ids, gallery.text_ids), gallery.texts)
 
 
-def reranked(model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: Literal["itm", "itm+itc"]
+def reranked(
+    model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: Literal["itm", "itm+itc"]
 ) -> tuple[dict, Reranked]:
     """Recall both ways with each row's `top` by ITC re-ranked by ITM, or by ITM + ITC; and the scores."""
     protocol = Protocol.of(gallery.ids, gallery.text_ids, combine, top)

@@ -173,9 +173,29 @@ class TimmEncoder(nn.Module):
         x = self.model.forward_features(pixels)
         if x.dim() == 3:
             return ImageTokens(x, _grid(x.shape[1] - self.prefix, pixels), self.prefix)
-        if self.channels_last:
-            x = x.permute(0, 3, 1, 2)
-        return ImageTokens(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+        return _cells(x.permute(0, 3, 1, 2) if self.channels_last else x)
+
+
+def _cells(features: Tensor) -> ImageTokens:
+    """A convolution tower's map (B, D, h, w) as one token a cell, normalised, with its place added.
+
+    Cross-attention sees a set: without their places, left and right would be the same to it. (A transformer's tokens
+    bring theirs along.)
+    """
+    grid = (features.shape[2], features.shape[3])
+    tokens = F.layer_norm(features.flatten(2).transpose(1, 2), features.shape[1:2])
+    return ImageTokens(tokens + places(grid, features.shape[1]).to(tokens), grid)
+
+
+def places(grid: tuple[int, int], width: int) -> Tensor:
+    """(h · w, D) sines and cosines of the row in one half of the channels and of the column in the other (Vaswani et
+    al. 2017, in two dimensions). Rows and columns count from 0 to 16 whatever the grid, so that resolutions agree."""
+    quarter = -(-width // 4)
+    rates = 10_000 ** (-torch.arange(quarter) / quarter)
+    rows, columns = (torch.linspace(0, 16, side)[:, None] * rates for side in grid)
+    rows = rows[:, None].expand(-1, grid[1], -1)
+    columns = columns[None].expand(grid[0], -1, -1)
+    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], -1).flatten(0, 1)[:, :width]
 
 
 def _ends_with_channels(model: nn.Module) -> bool:
@@ -207,7 +227,7 @@ class HFEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> ImageTokens:
         x = self.model(pixel_values=pixels).last_hidden_state
         if x.dim() == 4:
-            return ImageTokens(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+            return _cells(x)
         patch = getattr(self.model.config, "patch_size", None)
         if patch is None:
             return ImageTokens(x, _grid(x.shape[1], pixels))

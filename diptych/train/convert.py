@@ -31,6 +31,7 @@ from diptych.train.run import reopen
 
 FORMATS = ("lavis", "hf", "diptych")
 TOWER_FILE = "image_encoder.safetensors"
+LAVIS_WORDS = 30523  # bert-base-uncased's and [DEC]
 TENSOR_FILES = (".pth", ".pt", ".safetensors")
 HEADS = {("eva", 1408): 16, ("clip", 1024): 16, ("qformer", 768): 12}  # of the published models, by kind and width
 
@@ -96,8 +97,10 @@ def _aside(out: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, out)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.unlink(missing_ok=True)
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        elif aside.exists():
+            aside.unlink()
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -318,6 +321,11 @@ def write_lavis(opened: Opened, out: Path) -> list[str]:
     encoder = opened.built.program.image_encoder
     vision = encoder.config if isinstance(encoder, VisionTransformer) else None
     theirs, notes = lavis.stage1(vision, opened.built.program.model.config).save(opened.both.state_dict())
+    words = opened.built.tokenizer.size
+    if words != LAVIS_WORDS:
+        notes.append(
+            f"{words} words: LAVIS's own tokenizer has {LAVIS_WORDS}, so that it needs the run's tokenizer.json"
+        )
     if out.suffix == ".safetensors":
         io.write(out, theirs)
     else:

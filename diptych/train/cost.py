@@ -78,8 +78,11 @@ class Cost:
 
 def cost(settings: Settings, records: list[Record] | None = None, built: Built | None = None) -> Cost:
     """What a step of `settings` takes. records: of the training split, for captions' length and the features' size;
-    without them captions are as long as they may be. built: what the settings build, when that is there already."""
-    built = built or build(settings, initialise=False, encoder=_weightless(settings.image_encoder))
+    without them captions are as long as they may be, and no vocabulary is trimmed. built: what the settings build, when
+    that is there already."""
+    if built is None:
+        texts = [text for record in records or () for text in record.captions]
+        built = build(settings, initialise=False, encoder=_weightless(settings.image_encoder), texts=texts)
     program, is_kept = built.program, settings.data.cache == "memory"
     batch = settings.train.batch
     if records:

@@ -117,7 +117,10 @@ def gathered(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
     ours = whole[:, :, first : first + split[rank]].permute(2, 0, 1).requires_grad_()
     ours.retain_grad()
     (gather(ours).permute(1, 0, 2) * (rank + 1) * whole.permute(0, 2, 1)).sum().backward()
-    return {"gather": gather(ours, differentiable=False), "gather's gradient": ours.grad, "first": torch.tensor(first)}
+    # and the gradient of a sum, which is one number expanded: it has no memory of its own to be added up in
+    (one,) = torch.autograd.grad(gather(ours).sum(), ours)
+    told = {"gather": gather(ours, differentiable=False), "gather's gradient": ours.grad, "sum's gradient": one}
+    return told | {"first": torch.tensor(first)}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +175,7 @@ def test_gather_of_rows_that_are_not_contiguous(split, worlds):
         first = int(found["first"])
         wanted = whole[first : first + rows] * sum(range(1, len(split) + 1))
         torch.testing.assert_close(found["gather's gradient"], wanted, **EXACT)
+        assert torch.equal(found["sum's gradient"], torch.full_like(wanted, len(split)))
 
 
 def work(rank: int, folder: Path) -> None:

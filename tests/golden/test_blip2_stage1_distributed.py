@@ -112,7 +112,6 @@ def norm(said: dict[str, Tensor], start: str) -> float:
     return math.sqrt(sum(float(value.norm()) ** 2 for name, value in said.items() if name.startswith(start)))
 
 
-
 if __name__ == "__main__":
     rank, size, folder = started_as(sys.argv)
     with joined(rank, size, folder):

@@ -34,7 +34,7 @@ def one_line(result: Result) -> str:
 
 
 def python(*args: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run([sys.executable, *args], check=False, capture_output=True, text=True, timeout=60, **options)
 
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "-h"], ["data", "scenes", "--help"], ["--version"]])
@@ -149,7 +149,8 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
 def test_a_broken_pipe_is_silent():
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "diptych", "recipes"], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    command = [sys.executable, "-m", "diptych", "recipes"]
+    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert done.stderr == b""
 
@@ -205,5 +206,5 @@ def test_the_console_script_is_the_same_command():
     script = Path(sys.executable).with_name("diptych")
     if not script.is_file():
         pytest.skip("the package is not installed with its console script")
-    done = subprocess.run([script, "trian"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([script, "trian"], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "did you mean 'train'?" in done.stderr

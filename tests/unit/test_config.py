@@ -1,4 +1,4 @@
-"""Recipes to settings: every mistake in one line that names the key, every recipe read, nothing lost on the way back."""
+"""Recipes to settings: every mistake in one line that names the key, every recipe read, nothing lost on the way."""
 
 from __future__ import annotations
 
@@ -106,12 +106,13 @@ def test_round_trip_keeps_what_is_not_default():
 def test_every_key_can_be_overridden():
     """A key that `keys` lists is one that settings have, sections within sections too."""
     tree = config.load("demo").model_dump()
-    for key in config.keys():
+    known = config.keys()
+    for key in known:
         if not key.startswith("image_encoder.shape."):
             at = tree
             for part in key.split("."):
                 at = at[part]
-    assert "image_encoder.shape.mlp" in config.keys() and "image_encoder.shape" not in config.keys()
+    assert "image_encoder.shape.mlp" in known and "image_encoder.shape" not in known
 
 
 def test_recipes_are_found_without_a_folder(tmp_path):

@@ -31,6 +31,15 @@ DEC, SEP = 12, 3
 SETTINGS = Train(batch=4, lr=3e-3, warmup=0.1, precision="float32")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models so small lose more by waiting for threads than they gain, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def program(
     objectives: Stage1Objectives | None = None, frozen: bool = True, seed: int = 0, width: int = 8, dropout: float = 0.0
 ) -> Stage1:
@@ -312,7 +321,7 @@ def test_eight_pairs_are_learned_by_heart():
     model = Stage1Model(Stage1Config(QFormerConfig(stack, 4, 13, 12), 16))
     made = Stage1(encoder, model, Stage1Objectives(smoothing=0.0), DEC)
     rows = replace(rows, tokens=made.look(rows).tokens, pixels=None)
-    heard, steps = [], 300
+    heard, steps = [], 200
     settings = Train(batch=8, lr=5e-3, weight_decay=0.0, precision="float32")
     moves = optimizer(made, settings.lr, settings.betas, settings.weight_decay)
     loop.run(made, moves, (replace(rows, step=i) for i in range(steps)), settings, steps, after=heard.append)
@@ -329,12 +338,13 @@ def test_eight_pairs_are_learned_by_heart():
 
 
 def test_the_temperature_never_passes_zero():
-    """A step may be larger than it is; below 0 losses would fall by pushing pairs apart."""
+    """However long it is pulled down: below 0 the losses would fall as pairs are pushed apart."""
     made, heard = program(), []
-    moves = optimizer(made, 0.5, SETTINGS.betas, 0.0)
-    settings = SETTINGS.model_copy(update={"lr": 0.5})
-    loop.run(made, moves, batches(), settings, 6, after=lambda _: heard.append(float(made.model.temperature)))
-    assert len(set(heard)) > 1 and min(heard) == pytest.approx(0.001)
+    made.model.temperature.register_hook(torch.ones_like)
+    moves = optimizer(made, 0.04, SETTINGS.betas, 0.0)
+    settings = SETTINGS.model_copy(update={"lr": 0.04})
+    loop.run(made, moves, batches(), settings, 4, after=lambda _: heard.append(made.model.temperature.item()))
+    assert 0.001 < heard[0] < 0.07 and heard[-1] == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("what", ["pixels", "weight"])
