@@ -121,14 +121,12 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """On the validation split while training (`every` epochs; 0 = at the end only), on the test split by `eval`.
+    """What `diptych eval` measures on held-out pictures.
 
     rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM, or by ITM + ITC. captions: how many
     pictures are captioned; beams: 1 = greedy. limit: pictures evaluated, None = all.
     """
 
-    every: int = Field(0, ge=0)
-    batch: int = Field(64, gt=0)
     limit: int | None = Field(None, gt=0)
     rerank: int = Field(16, ge=0)
     combine: Literal["itm", "itm+itc"] = "itm+itc"

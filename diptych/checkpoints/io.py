@@ -38,7 +38,7 @@ def load(model: nn.Module, path: str | Path, table: Table, prefix: str | None = 
     if uncovered or ours.keys() - state.keys():
         name = (uncovered or sorted(ours.keys() - state.keys()))[0]
         raise UserError(f"{path}: '{name}' is on one side only: the model and the key table are of different configs")
-    model.load_state_dict(ours, strict=False)
+    model.load_state_dict({**state, **ours})
     return left + notes + stretched
 
 

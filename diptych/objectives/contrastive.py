@@ -16,10 +16,14 @@ def similarity(pictures: Tensor, texts: Tensor) -> Tensor:
 
     BLIP-2 (Li et al. 2023, §3.1) takes the maximum over queries in both directions.
     """
-    if pictures.dim() == 2:
-        return pictures @ texts.T
-    # one plain matrix product; the maximum's gradient goes to one query
-    return (pictures.flatten(0, 1) @ texts.T).unflatten(0, pictures.shape[:2]).max(1).values
+    wide = torch.promote_types(pictures.dtype, torch.float32)
+    # never in half precision: over a temperature of 0.02, bfloat16's steps in a cosine would be 0.2 in a logit
+    with torch.autocast(pictures.device.type, enabled=False):
+        pictures, texts = pictures.to(wide), texts.to(wide)
+        if pictures.dim() == 2:
+            return pictures @ texts.T
+        # one plain matrix product; the maximum's gradient goes to one query
+        return (pictures.flatten(0, 1) @ texts.T).unflatten(0, pictures.shape[:2]).max(1).values
 
 
 def soft_cross_entropy(logits: Tensor, shares: Tensor, smoothing: float = 0.0) -> Tensor:

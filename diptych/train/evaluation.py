@@ -120,9 +120,9 @@ def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
     rows = []
     for name, part in (("seen", found), ("unseen", other)):
         row: dict[str, Any] = {"colour–shape pairs": name, "pictures": len(part.gallery.records)}
-        row |= {f"{way} r@1, ITC": part.results[0][key]["r@1"] for key, way in WAYS.items()}
+        row |= {f"{way} r@1": part.results[0][key]["r@1"] for key, way in WAYS.items()}
         said = [r["right"] for t in part.tables.values() for r in t if r.get("claim") == scenes.OBJECT]
-        rows.append(row | {"object named rightly": said[0] if said else None})
+        rows.append(row | {"object named": said[0] if said else None})
     found.tables["Pictures of colour–shape pairs never trained on"] = rows
 
 

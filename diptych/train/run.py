@@ -35,7 +35,7 @@ def train(settings: Settings, watch: Watch | None = None) -> Path:
     out = Path(settings.out)
     if (out / "settings.yaml").exists():
         raise UserError(f"{out}: a run is there already; give another out=FOLDER, or remove it")
-    watch = watch or Watch(out)
+    watch = watch or Watch(out, settings.train.log_every)
     parts = splits(settings, watch.say)
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,23 +18,7 @@ from diptych.core.memory import Cache, Past
 from diptych.core.stack import Stack
 from diptych.models.language import TextConfig, TextModel
 from diptych.models.qformer import QFormer, QFormerConfig
-
-EXACT = {"atol": 1e-9, "rtol": 1e-9}
-M = TypeVar("M", bound=nn.Module)
-
-
-def drawn(module: M, seed: int = 0) -> M:
-    """`module` in float64 with every weight, norms' too, drawn so that no term hides behind a zero or a one."""
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in module.double().parameters():
-        parameter.data = 0.4 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-    return module.eval()
-
-
-def numbers(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return made.requires_grad_(grad)
-
+from tests.unit.drawn import EXACT, drawn, numbers
 
 # A cross module that looks at two pictures (NLVR).
 

@@ -344,3 +344,11 @@ def test_the_mean_in_one_process_is_the_mean(over):
     x = numbers(5)
     torch.testing.assert_close(gather.mean(x.sum(), 5, over), x.mean(), **EXACT)
     assert gather.mean(torch.zeros(()), torch.tensor(0), over) == 0
+
+
+def test_similarity_is_not_taken_in_half_precision():
+    pictures, texts = torch.randn(3, 2, 64), torch.randn(4, 64)
+    exact = contrastive.similarity(pictures, texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(contrastive.similarity(pictures, texts), exact)
+    assert contrastive.similarity(pictures.bfloat16(), texts.bfloat16()).dtype == torch.float32

