@@ -66,10 +66,11 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def default_captions() -> Path:
-    root = os.environ.get("DIPTYCH_DATA")
-    if not root:
-        raise UserError("no captions: give --captions JSON, or set DIPTYCH_DATA to the folder that holds flickr8k/")
-    return Path(root) / "flickr8k" / "dataset_flickr8k.json"
+    root = Path(os.environ.get("DIPTYCH_DATA") or HERE.parents[1] / "shared" / "data")
+    file = root / "flickr8k" / "dataset_flickr8k.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give --captions JSON, or set DIPTYCH_DATA to the folder of flickr8k/")
+    return file
 
 
 def default_vocab() -> Path:

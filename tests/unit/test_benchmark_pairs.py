@@ -144,11 +144,11 @@ def test_captions_are_distinct_of_train_and_drawn_by_seed(tmp_path):
         (["--lavis-python", "/nowhere/python"], "/nowhere/python: no such Python; make it with"),
         (["--captions", "/nowhere.json"], "/nowhere.json: no such file; name one with --captions"),
         (["--json", "/nowhere/figures.json"], "--json /nowhere/figures.json: /nowhere is no folder"),
-        ([], "no captions: give --captions JSON, or set DIPTYCH_DATA"),
+        ([], "no such file; give --captions JSON, or set DIPTYCH_DATA"),
     ],
 )
 def test_a_wrong_command_line_is_told_before_anything_runs(tmp_path, monkeypatch, capsys, arguments, told):
-    monkeypatch.delenv("DIPTYCH_DATA", raising=False)
+    monkeypatch.setenv("DIPTYCH_DATA", str(tmp_path))
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("[PAD]\n")
     given = ["--lavis-python", sys.executable, "--vocab", str(vocab), *arguments]
