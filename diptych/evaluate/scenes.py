@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from diptych.data import scenes
 from diptych.data.records import Record
-from diptych.evaluate.gallery import Gallery
+from diptych.evaluate.gallery import Gallery, pair_scorer
 from diptych.evaluate.inference import PictureText
 from diptych.objectives.contrastive import similarity
 
@@ -61,7 +62,7 @@ def negative_rows(
     if not rows:
         return []
     where = torch.tensor([place[n["image_id"]] for n in rows])
-    margins = [a - b for a, b in zip(*(_scores(model, gallery, where, rows, key) for key in KEYS), strict=True)]
+    margins = _margins(model, gallery, where, rows)
     told: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for row, itc, itm in zip(rows, *(m.tolist() for m in margins), strict=True):
         told[row["attribute"]].append((itc > 0, itm > 0))
@@ -72,20 +73,19 @@ def negative_rows(
     ]
 
 
-KEYS = ("caption", "negative")
+def _margins(model: PictureText, gallery: Gallery, where: torch.Tensor, rows: list[dict]) -> list[torch.Tensor]:
+    """By how much each row's true caption scores above its false one with picture `where[row]`: (ITC, ITM)."""
+    words = list(dict.fromkeys(row[key] for row in rows for key in ("caption", "negative")))
+    number = {text: i for i, text in enumerate(words)}
+    cosines = similarity(model.embed_tokens(gallery.tokens), model.embed_texts(words)).cpu()
+    score = pair_scorer(model, replace(gallery, texts=words))
 
+    def scores(key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        texts = torch.tensor([number[row[key]] for row in rows])
+        itm = [score(*pair).cpu() for pair in zip(where.split(256), texts.split(256), strict=True)]
+        return cosines[where, texts], torch.cat(itm)
 
-def _scores(model: PictureText, gallery: Gallery, where: torch.Tensor, rows: list[dict], key: str):
-    """(ITC, ITM) of each row's text with its picture."""
-    texts = [row[key] for row in rows]
-    words = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    cosines = similarity(model.embed_tokens(gallery.tokens), model.embed_texts(list(words)))
-    itc = cosines[where, torch.tensor([words[t] for t in texts])].cpu()
-    itm = []
-    for start in range(0, len(texts), 256):
-        asked, at = torch.unique(where[start : start + 256], return_inverse=True)
-        itm.append(model.match_rows(model.project(gallery.tokens[asked]), at, texts[start : start + 256]).cpu())
-    return itc, torch.cat(itm)
+    return [true - false for true, false in zip(scores("caption"), scores("negative"), strict=True)]
 
 
 def _share(flags: list[tuple[bool, bool]], place: int) -> float:
