@@ -7,13 +7,14 @@ d width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.config import StackConfig
+from diptych.core.layout import RECTANGLE, Layout
 
 if TYPE_CHECKING:
     from diptych.core.memory import BlockMemory, BlockPast
@@ -78,6 +79,27 @@ class Tap:
         return F.dropout(probabilities, module.dropout, module.training) @ v
 
 
+class Normed(NamedTuple):
+    """A context after a norm, `standard * scale + shift`, with the two not yet applied: the projections that look at it
+    take them into their weights. So no gradient is carried back to a context that is constant (a frozen encoder's)."""
+
+    standard: Tensor  # (P, N, context width), mean 0 and variance 1 at every position
+    scale: Tensor  # (context width,)
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm, context: Tensor) -> Self:
+        """As `norm(context)`."""
+        context = context.to(norm.weight.dtype)
+        return cls(F.layer_norm(context, norm.normalized_shape, eps=norm.eps), norm.weight, norm.bias)
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """As `layer(standard * scale + shift)`."""
+        if type(layer) is not nn.Linear:  # an adapter or a quantised layer, whose weight is not all that it does
+            return layer(self.standard * self.scale + self.shift)
+        return F.linear(self.standard, layer.weight * self.scale, F.linear(self.shift, layer.weight, layer.bias))
+
+
 class Attention(nn.Module):
     """Self-attention: (B, T, D) → (B, T, D).
 
@@ -102,8 +124,10 @@ class Attention(nn.Module):
         """(B, N, H·d) → (B, H, N, d)."""
         return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, context: Tensor | Normed) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, N, d) of what is looked at, (B, N, context width)."""
+        if isinstance(context, Normed):
+            return self.split(context.through(self.k)), self.split(context.through(self.v))
         return self.split(self.k(context)), self.split(self.v(context))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -112,9 +136,9 @@ class Attention(nn.Module):
             return self.tap.attend(self, q, k, v, mask, bias)
         return attend(q, k, v, mask, bias, self.dropout if self.training else 0.0)
 
-    def merge(self, found: Tensor) -> Tensor:
-        """(B, H, T, d) → (B, T, D), through the output projection."""
-        return self.o(found.transpose(1, 2).flatten(2))
+    def merge(self, found: Tensor, layout: Layout = RECTANGLE) -> Tensor:
+        """(B, H, T, d) → (B, T, D) as `layout` has it, through the output projection."""
+        return self.o(layout.pack(found.transpose(1, 2).flatten(2)))
 
     def forward(
         self,
@@ -122,25 +146,27 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         past: BlockPast | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        layout: Layout = RECTANGLE,
     ) -> Tensor:
-        q = self.split(self.q(x))
-        k, v = self.project(x)
+        q, k, v = (self.split(layout.pad(projection(x))) for projection in (self.q, self.k, self.v))
         if past is not None:
             k, v = past.extend(k, v)
         bias = None
         if self.score_bias is not None and positions is not None:
             bias = self.score_bias(q, k, *positions)
-        return self.merge(self.look(q, k, v, mask, bias))
+        return self.merge(self.look(q, k, v, mask, bias), layout)
 
 
 class CrossAttention(Attention):
     """Attention to a `Memory`: it never sees pictures, only the keys and values that its own `project` made."""
 
-    def forward(self, x: Tensor, memory: BlockMemory) -> Tensor:  # ty: ignore[incompatible-method-override]
-        q, (k, v), mask = self.split(self.q(x)), memory.kv, memory.mask
+    def forward(  # ty: ignore[incompatible-method-override]
+        self, x: Tensor, memory: BlockMemory, layout: Layout = RECTANGLE
+    ) -> Tensor:
+        q, (k, v), mask = self.split(layout.pad(self.q(x))), memory.kv, memory.mask
         if memory.rows is None:
-            return self.merge(self.look(q, k, v, mask))
+            return self.merge(self.look(q, k, v, mask), layout)
         if self.tap is not None:  # what each row looked at, row by row
             at = memory.rows.index
-            return self.merge(self.look(q, k[at], v[at], None if mask is None else mask[at]))
-        return self.merge(memory.rows.attend(self.look, q, k, v, mask))
+            return self.merge(self.look(q, k[at], v[at], None if mask is None else mask[at]), layout)
+        return self.merge(memory.rows.attend(self.look, q, k, v, mask), layout)

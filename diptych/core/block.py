@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diptych.core.attention import Attention, CrossAttention
+from diptych.core.attention import Attention, CrossAttention, Normed
 from diptych.core.config import StackConfig
+from diptych.core.layout import RECTANGLE, Layout
 from diptych.core.memory import BlockMemory, BlockPast
 
 
@@ -116,15 +117,15 @@ class Block(nn.Module):
         """Methods that are called from outside `forward`; where weights are sharded they must find them whole."""
         return () if self.cross is None else ("project",)
 
-    def project(self, context: Tensor):
+    def project(self, context: Tensor | Normed):
         """What this block's cross-attention keeps of a context (P, N, context width); None without one."""
         return None if self.cross is None else self.cross.project(context)
 
-    def look(self, x: Tensor, memory: BlockMemory | None) -> Tensor:
+    def look(self, x: Tensor, memory: BlockMemory | None, layout: Layout = RECTANGLE) -> Tensor:
         """The cross-attention branch, for all positions of `x`."""
         if self.cross is None or self.cross_residual is None or memory is None:
             return x
-        return self.cross_residual(x, self.cross, memory)
+        return self.cross_residual(x, self.cross, memory, layout)
 
     def forward(
         self,
@@ -133,9 +134,10 @@ class Block(nn.Module):
         memory: BlockMemory | None = None,
         past: BlockPast | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        layout: Layout = RECTANGLE,
     ) -> Tensor:
-        x = self.attn_residual(x, self.attn, mask, past, positions)
-        x = self.look(x, memory)
+        x = self.attn_residual(x, self.attn, mask, past, positions, layout)
+        x = self.look(x, memory, layout)
         return self.mlp_residual(x, self.mlp)
 
 
@@ -156,13 +158,13 @@ class QueryBlock(Block):
         memory: BlockMemory | None = None,
         past: BlockPast | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        layout: Layout = RECTANGLE,
     ) -> Tensor:
-        x = self.attn_residual(x, self.attn, mask, past, positions)
+        x = self.attn_residual(x, self.attn, mask, past, positions, layout)
         if memory is None:
             return self.mlp_residual(x, self.mlp)
-        count = x.shape[1] if memory.lookers is None else memory.lookers
-        queries, text = x[:, :count], x[:, count:]
+        if memory.lookers is None:
+            return self.query_mlp_residual(self.look(x, memory, layout), self.query_mlp)
+        queries, text = layout.part(x, memory.lookers)
         queries = self.query_mlp_residual(self.look(queries, memory), self.query_mlp)
-        if not text.shape[1]:
-            return queries
-        return torch.cat([queries, self.mlp_residual(text, self.mlp)], 1)
+        return layout.join(queries, self.mlp_residual(text, self.mlp)) if text.numel() else layout.join(queries, text)

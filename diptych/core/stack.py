@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diptych.core.attention import Normed
 from diptych.core.block import Block
 from diptych.core.config import StackConfig
+from diptych.core.layout import RECTANGLE, layout_of
 from diptych.core.memory import Memory, Past
 
 
@@ -29,9 +31,10 @@ class Stack(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(block(config, i, score_bias(i)) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else nn.Identity()
+        self.packs = False  # computes nothing for padding, where `tokens` tells of it; blocks then see (n, D)
         self.checkpoint_last = 0  # this many blocks, counted from the last, recompute their inside in the backward pass
 
-    def project(self, context: Tensor, mask: Tensor | None = None, lookers: int | None = None) -> Memory:
+    def project(self, context: Tensor | Normed, mask: Tensor | None = None, lookers: int | None = None) -> Memory:
         """The `Memory` of a context (P, N, context width), once for all passes that will look at it.
 
         mask (P, N): non-zero where there is something to see. lookers: how many leading positions will look.
@@ -51,7 +54,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         """mask: True where a position may look, broadcastable to (B, H, T, n + T), with n keys of `past` first.
         positions: (1 or B, T), where tokens stand, for a score bias; counted on from the past by default.
-        tokens: (B, T), non-zero for real tokens, which `past` notes for later passes; all real by default.
+        tokens: (B, T), non-zero for real tokens, which `past` notes for later passes; all real by default. Where the
+        stack `packs`, the answer for the others is 0.
         """
         length = x.shape[1]
         if positions is None:
@@ -60,10 +64,12 @@ class Stack(nn.Module):
         if past is not None and past.positions is not None:
             batch = max(positions.shape[0], past.positions.shape[0])
             keys = torch.cat([past.positions.expand(batch, -1), positions.expand(batch, -1)], 1)
+        layout = layout_of(tokens, (memory and memory.lookers) or 0) if self.packs else RECTANGLE
+        x = layout.pack(x)
         first = len(self.blocks) - self.checkpoint_last if self.training else len(self.blocks)
         for i, block in enumerate(self.blocks):
-            context = (mask, memory and memory.block(i), past and past.block(i), (positions, keys))
+            context = (mask, memory and memory.block(i), past and past.block(i), (positions, keys), layout)
             x = checkpoint(block, x, *context, use_reentrant=False) if i >= first else block(x, *context)
         if past is not None:
-            past.advance(x.new_ones(x.shape[:2]) if tokens is None else tokens, positions)
-        return self.norm(x)
+            past.advance(x.new_ones((x.shape[0], length)) if tokens is None else tokens, positions)
+        return layout.pad(self.norm(x))

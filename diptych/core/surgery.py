@@ -76,7 +76,7 @@ def copy(target: nn.Module, source: nn.Module) -> None:
 
 @contextmanager
 def capture(stack: Stack) -> Iterator[list[Tensor]]:
-    """The hidden states of passes made inside the block: the input first, then what each block gave."""
+    """The hidden states of passes made inside the block: the input first, then what each block gave; of padding too."""
     states: list[Tensor] = []
 
     def first(module: nn.Module, inputs: tuple) -> None:
@@ -87,8 +87,10 @@ def capture(stack: Stack) -> Iterator[list[Tensor]]:
 
     hooks = [stack.blocks[0].register_forward_pre_hook(first)]
     hooks += [block.register_forward_hook(after) for block in stack.blocks]
+    packs, stack.packs = stack.packs, False
     try:
         yield states
     finally:
+        stack.packs = packs
         for hook in hooks:
             hook.remove()

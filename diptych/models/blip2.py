@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.core.attention import Normed
 from diptych.core.memory import Memory, Past
 from diptych.models.language import LanguageHead
 from diptych.models.qformer import QFormer, QFormerConfig
+from diptych.objectives.language import shifted
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Stage1Model(nn.Module):
     The picture norm is LAVIS's `ln_vision`. `temperature` divides similarities and has shape [1].
     """
 
-    entrances = ("project", "embed_pictures", "embed_texts", "match", "step")
+    entrances = ("project", "embed_pictures", "embed_texts", "match", "predict", "step")
 
     def __init__(self, config: Stage1Config):
         super().__init__()
@@ -50,7 +52,7 @@ class Stage1Model(nn.Module):
 
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> Memory:
         """Image tokens (P, N, image width) → what every pass over these pictures shares."""
-        return self.qformer.project(self.picture_norm(tokens), mask)
+        return self.qformer.project(Normed.of(self.picture_norm, tokens), mask)
 
     def embed_pictures(self, hidden: Tensor) -> Tensor:
         """Query states (P, Q, D) → (P, Q, E) of unit length."""
@@ -64,6 +66,12 @@ class Stage1Model(nn.Module):
         """Logits (R, 2) that row r's text is not, is, of the picture it looks at: the mean over its queries."""
         hidden = self.qformer.joint(memory, ids, mask)[:, : self.config.qformer.queries]
         return self.matching_head(hidden).mean(1)
+
+    def predict(self, past: Past, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions (R, T) that go on from `past`, each beginning with [DEC]: logits (n, V) of their real next tokens,
+        these tokens (n,), and where each is predicted, True in (R, T)."""
+        counts, labels = shifted(ids, mask)
+        return self.language_head(self.qformer.caption(past, ids, mask)[counts]), labels, counts
 
     def step(self, past: Past, ids: Tensor) -> Tensor:
         """Logits (R, V) of the token after `ids` (R, T), which follow on `past` and extend it."""

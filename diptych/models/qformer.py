@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diptych.core.attention import Normed
 from diptych.core.block import QueryBlock
 from diptych.core.config import StackConfig
 from diptych.core.masks import causal, padding
@@ -47,12 +48,13 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(stack.width, eps=stack.eps)
         self.drop = nn.Dropout(stack.dropout)
         self.stack = Stack(stack, block=QueryBlock)
+        self.stack.packs = True
 
     def words(self, ids: Tensor, start: int | Tensor = 0) -> Tensor:
         """(R, T) ids → (R, T, D), before the shared norm."""
         return self.embeddings(ids, start + torch.arange(ids.shape[1], device=ids.device)[None])
 
-    def project(self, tokens: Tensor, mask: Tensor | None = None) -> Memory:
+    def project(self, tokens: Tensor | Normed, mask: Tensor | None = None) -> Memory:
         """Image tokens (P, N, image width) → the memory that every pass over these pictures shares."""
         return self.stack.project(tokens, mask, lookers=self.config.queries)
 
@@ -66,13 +68,13 @@ class QFormer(nn.Module):
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(R, T) → (R, T, D) of the text alone."""
-        return self.stack(self.drop(self.norm(self.words(ids))), padding(mask))
+        return self.stack(self.drop(self.norm(self.words(ids))), padding(mask), tokens=mask)
 
     def joint(self, memory: Memory, ids: Tensor, mask: Tensor) -> Tensor:
         """Queries and text of row r, which see one another, looking at what `memory` says row r does: (R, Q + T, D)."""
         x = torch.cat([self.query_tokens.expand(ids.shape[0], -1, -1), self.words(ids)], 1)
         seen = torch.cat([mask.new_ones((ids.shape[0], self.config.queries)), mask], 1)
-        return self.stack(self.drop(self.norm(x)), padding(seen), memory)
+        return self.stack(self.drop(self.norm(x)), padding(seen), memory, tokens=seen)
 
     def caption(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
         """(R, T, D) of captions that see their queries (`past`, which they extend) and their own words so far."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diptych.core.config import StackConfig
 from diptych.core.stack import Stack
+from diptych.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,12 @@ def stretch(position: Tensor, grid: tuple[int, int], prefix: int, align_corners:
 class TimmEncoder(nn.Module):
     """Any timm model: a transformer's tokens, or a convolution tower's last map as one token a cell.
 
-    name: timm's; weights: a file (a timm checkpoint), or None for random ones; size: side in pixels when not its own.
-    Nothing is downloaded.
+    name: timm's; size: side in pixels when not its own. stage: of a convolution tower, the map to take instead of the
+    last, counted from 0; earlier ones are finer, and know colours and places better than kinds of things. Weights are
+    random: nothing is downloaded.
     """
 
-    def __init__(self, name: str, size: int | None = None):
+    def __init__(self, name: str, size: int | None = None, stage: int | None = None):
         super().__init__()
         import timm
         import timm.data
@@ -165,15 +167,31 @@ class TimmEncoder(nn.Module):
         self.spec = ImageSpec(
             side, settings["mean"], settings["std"], settings["interpolation"], "crop", settings["crop_pct"]
         )
-        self.width = self.model.num_features
+        self.stage = stage
+        self.width = self.model.num_features if stage is None else _stage_width(self.model, name, stage)
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
         self.channels_last = _ends_with_channels(self.model)
 
     def forward(self, pixels: Tensor) -> ImageTokens:
+        if self.stage is not None:
+            (x,) = self.model.forward_intermediates(
+                pixels, indices=[self.stage], intermediates_only=True, stop_early=True
+            )
+            return _cells(x)
         x = self.model.forward_features(pixels)
         if x.dim() == 3:
             return ImageTokens(x, _grid(x.shape[1] - self.prefix, pixels), self.prefix)
         return _cells(x.permute(0, 3, 1, 2) if self.channels_last else x)
+
+
+def _stage_width(model: nn.Module, name: str, stage: int) -> int:
+    """Channels of a convolution tower's map."""
+    if getattr(model, "num_prefix_tokens", None) is not None or not hasattr(model, "forward_intermediates"):
+        raise UserError(f"image_encoder.stage: {name} is no convolution tower with stages; leave it out")
+    maps = [info["num_chs"] for info in model.feature_info]
+    if not 0 <= stage < len(maps):
+        raise UserError(f"image_encoder.stage: {name} has the stages 0 to {len(maps) - 1}, and {stage} is asked for")
+    return maps[stage]
 
 
 def _cells(features: Tensor) -> ImageTokens:

