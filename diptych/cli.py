@@ -72,7 +72,8 @@ def main() -> None:
 @cli.command()
 @click.argument("recipe")
 @click.argument("settings", nargs=-1, metavar=SETTINGS)
-def train(recipe: str, settings: tuple[str, ...]) -> None:
+@click.option("--resume", is_flag=True, help="Go on with the run in `out`, if it was stopped; else begin it.")
+def train(recipe: str, settings: tuple[str, ...], resume: bool) -> None:
     """Train what RECIPE says.
 
     RECIPE is a name (see `diptych recipes`) or a YAML file. Settings after it win over the recipe's: data.path=PATH
@@ -83,7 +84,7 @@ def train(recipe: str, settings: tuple[str, ...]) -> None:
     chosen = config.load(recipe, settings)
     from diptych.train import run
 
-    folder = run.train(chosen)
+    folder = run.train(chosen, resume=resume)
     click.echo(f"\nThe run is in {folder}. Next:")
     for command in _next(folder, chosen.objectives.lm > 0):
         click.echo(f"  {command}")
@@ -269,13 +270,19 @@ def scenes(out: str, preset: str, train: int, val: int, test: int, unseen: int, 
 @click.option("--images", help="The folder that the pictures' paths start from.")
 @click.option("--split", help="Check this one only; default: train, val and test, of what there is.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Threads that open pictures.")
-def check(path: str, images: str | None, split: str | None, workers: int) -> None:
+@click.option("--clean", metavar="FILE", help="Write what can be used to FILE, as JSON lines.")
+def check(path: str, images: str | None, split: str | None, workers: int, clean: str | None) -> None:
     """Say what is in the data set at PATH, and what is wrong with it.
 
     Every row is read and every picture opened. The exit code is 1 when there are faults.
     """
-    from diptych.data.check import check
+    from diptych.data.check import check, write_clean
 
+    if clean is not None:
+        if not clean.endswith(".jsonl"):
+            raise UserError(f"--clean {clean}: give a name that ends in .jsonl")
+        if Path(clean).exists():
+            raise UserError(f"{clean}: a file is there already; give another name")
     names = [split] if split else _files_by_split(path)
     faults = 0
     for name in names:
@@ -285,6 +292,10 @@ def check(path: str, images: str | None, split: str | None, workers: int) -> Non
         for line in found.lines():
             click.echo(line)
         faults += len(found.faults)
+        if clean is not None:
+            write_clean(found.sound, clean, name)
+    if clean is not None:
+        click.echo(f"\nWhat can be used is in {clean}. Next: diptych train photos data.path={clean} data.images=/")
     if faults:
         raise click.exceptions.Exit(1)
 
@@ -323,6 +334,21 @@ def convert(
 
     made = convert(source, out, to, Choices(image_encoder, tokenizer, heads, image_heads), click.echo)
     click.echo(f"converted: {made}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=0), help="Which of the kept steps; default: the last.")
+def replay(run: Path, step: int | None) -> None:
+    """Run a step of RUN again whose loss was no finite number.
+
+    Says which part of the model gave the first such number, and which gradients.
+    """
+    _check_run(run)
+    from diptych.train.replay import replay
+
+    for line in replay(run, step):
+        click.echo(line)
 
 
 @cli.command()

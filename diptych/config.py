@@ -24,6 +24,7 @@ class Data(Section):
     many training pictures (at most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
     max_tokens: of a caption.
     cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "none" at every step.
+    on_bad: "stop" at the first row or picture that can't be used, or "skip" it, which skipped.jsonl then lists.
     """
 
     path: str | None = None
@@ -36,6 +37,7 @@ class Data(Section):
     captions: Literal["one", "all"] = "one"
     max_tokens: int = Field(32, gt=2)
     cache: Literal["memory", "none"] = "memory"
+    on_bad: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0)
 
 
@@ -52,11 +54,13 @@ class TowerShape(Section):
 class Encoder(Section):
     """name: "starter" (EfficientNet-Lite0 with ImageNet weights, from the package registry), "timm:NAME",
     "hf:FOLDER", "eva" or "clip" (LAVIS's towers). weights: a file; size: side in pixels, when not the model's own.
-    shape: of an "eva" or "clip" tower, when not the published one."""
+    shape: of an "eva" or "clip" tower, when not the published one. stage: of the starter or a timm convolution tower,
+    the map to take instead of the last, counted from 0 (the starter's 3: finer, and better at colours and shapes)."""
 
     name: str = "starter"
     weights: str | None = None
     size: int | None = Field(None, gt=0)
+    stage: int | None = Field(None, ge=0)
     frozen: bool = True
     shape: TowerShape | None = None
 
@@ -102,7 +106,8 @@ class Objectives(Section):
 class Train(Section):
     """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
     to `final_lr` times `lr`. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the machine
-    computes it fast, else float32."""
+    computes it fast, else float32. checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps
+    between checkpoints, 0 = at the end alone; keep: how many stay."""
 
     batch: int = Field(64, gt=1)
     epochs: int = Field(10, gt=0)
@@ -117,19 +122,21 @@ class Train(Section):
     checkpoint_last: int = Field(0, ge=0)
     seed: int = 0
     log_every: int = Field(10, gt=0)
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(500, ge=0)
+    keep: int = Field(2, gt=0)
 
 
 class Evaluation(Section):
     """What `diptych eval` measures on held-out pictures.
 
-    rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM, or by ITM + ITC. captions: how many
-    pictures are captioned; beams: 1 = greedy. limit: pictures evaluated, None = all.
+    rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM's log odds and ITC over its
+    temperature, by ITM alone, or by ITM + ITC as LAVIS does. captions: how many pictures are captioned; beams: 1 =
+    greedy. limit: pictures evaluated, None = all.
     """
 
     limit: int | None = Field(None, gt=0)
     rerank: int = Field(16, ge=0)
-    combine: Literal["itm", "itm+itc"] = "itm+itc"
+    combine: Literal["itm+itc/t", "itm", "itm+itc"] = "itm+itc/t"
     captions: int = Field(100, ge=0)
     beams: int = Field(3, gt=0)
     max_length: int = Field(30, gt=1)

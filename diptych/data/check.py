@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import json
 import statistics
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from diptych.data.pictures import BadPicture, decode
 from diptych.data.readers import load
 from diptych.data.readers.faults import Collecting, Fault
 from diptych.data.records import Record
@@ -59,6 +61,7 @@ class CheckReport:
     sizes: dict[tuple[int, int], int]  # (width, height) in pixels → pictures that decode
     modes: dict[str, int]  # Pillow's mode → pictures that decode
     duplicate_captions: float  # share of captions that an earlier one has said, case and spaces aside
+    sound: list[Record]  # what can be trained on
 
     def lines(self) -> list[str]:
         """Plain text for 80 columns: counts, histograms, faults by kind and the first 20 in full, notes by kind."""
@@ -117,10 +120,12 @@ def check(
     modes: Counter[str] = Counter()
     first = {record.image: record for record in reversed(records)}  # a file under two ids is opened once
     wanted = list({record.image: first[record.image] for record in records}.values())
-    for picture in _pictures(wanted, workers):
+    sound = set()
+    for record, picture in zip(wanted, _pictures(wanted, workers), strict=True):
         tell.faults += picture.faults
         tell.notes += picture.notes
         if picture.size is not None:
+            sound.add(record.image)
             sizes[picture.size] += 1
             modes[picture.mode] += 1
     captions = [caption for record in records for caption in record.captions]
@@ -134,7 +139,17 @@ def check(
         sizes=dict(sizes.most_common()),
         modes=dict(modes.most_common()),
         duplicate_captions=_duplicates(captions),
+        sound=[record for record in records if record.image in sound],
     )
+
+
+def write_clean(records: Sequence[Record], file: str | Path, split: str | None = None) -> None:
+    """Writes records as JSON lines that `readers.read` takes, pictures by their absolute paths. split: adds to the file
+    the rows of this one."""
+    with open(file, "a" if split else "w", encoding="utf-8") as lines:
+        for record in records:
+            row = {"image": record.image, "captions": record.captions, "image_id": record.image_id}
+            lines.write(json.dumps(row | ({"split": split} if split else {}), ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,7 @@ class _Picture:
 
 def _pictures(records: Sequence[Record], workers: int) -> list[_Picture]:
     with warnings.catch_warnings():
-        # Set here, once, since a thread cannot: very large pictures get a note of ours, broken ones a fault.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # set here, once, since a thread cannot: what is odd gets a note of ours
         if workers == 1:
             return [_open(record) for record in records]
         with ThreadPoolExecutor(workers) as pool:  # Pillow's decoders let go of the interpreter lock
@@ -158,40 +172,31 @@ def _pictures(records: Sequence[Record], workers: int) -> list[_Picture]:
 
 
 def _open(record: Record) -> _Picture:
-    def broken(kind: str, message: str) -> _Picture:
-        return _Picture(None, "", [Fault(kind, record.where, f"picture {record.image!r} {message}")], [])
-
     try:
-        if os.path.getsize(record.image) == 0:
-            return broken("empty picture file", "is empty (0 bytes)")
-        with Image.open(record.image) as picture:
-            picture.verify()  # checksums; leaves the picture unusable, hence the second opening
-        with Image.open(record.image) as picture:
-            animated = getattr(picture, "is_animated", False)
-            picture.load()
-            return _Picture(picture.size, picture.mode, [], _oddities(picture, animated, record))
-    except Image.DecompressionBombError as error:
-        return broken("picture too large", f"is too large: {error}")
-    except UnidentifiedImageError:
-        return broken("not a picture", "is not a picture that Pillow knows")
-    except Exception as error:  # noqa: BLE001 - Pillow raises almost anything on a broken file: struct, zlib, syntax …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        kind = "truncated picture" if "truncated" in reason.lower() else "broken picture"
-        return broken(kind, f"does not decode: {reason}")
+        picture = decode(record.image, record.where)
+    except BadPicture as bad:
+        return _Picture(None, "", [bad.fault], [])
+    return _Picture(picture.size, picture.mode, [], _oddities(picture, record))
 
 
-def _oddities(picture: Image.Image, animated: bool, record: Record) -> list[Fault]:
+def _oddities(picture: Image.Image, record: Record) -> list[Fault]:
     notes = []
     if picture.mode not in USUAL_MODES:
         message = f"picture {record.image!r} has mode {picture.mode}, and is turned into RGB"
         notes.append(Fault(f"mode {picture.mode}", record.where, message))
-    if animated:
+    if _is_animated(record.image):
         notes.append(Fault("several frames", record.where, f"picture {record.image!r}: only its first frame is used"))
     width, height = picture.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         message = f"picture {record.image!r} is {width} × {height} pixels"
         notes.append(Fault("very large picture", record.where, message))
     return notes
+
+
+def _is_animated(path: str) -> bool:
+    with suppress(Exception), Image.open(path) as picture:
+        return getattr(picture, "is_animated", False)
+    return False
 
 
 def _duplicates(captions: Sequence[str]) -> float:

@@ -9,15 +9,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diptych.data.pictures import BadPicture, open_picture
+from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
-from diptych.data.transforms import Transform, open_picture
+from diptych.data.transforms import Transform
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class PairBatch:
 
     pixels (b, 3, h, w), or None with `tokens` (b, N, D) where features were made beforehand. image_id, caption_id (b,):
     equal numbers mean the same picture, the same words. step, first_row: where in the run and in the global batch.
+    faults: of pictures that were to be among these and are left out.
     """
 
     ids: Tensor
@@ -38,30 +41,50 @@ class PairBatch:
     tokens: Tensor | None = None
     step: int = 0
     first_row: int = 0
+    faults: tuple[Fault, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
-class Pictures(Protocol):
-    """Where a batch's pictures come from: `rows(indices)` gives the `pixels` or the `tokens` of those records."""
+class Rows(NamedTuple):
+    """Pictures of some records. tensors: `pixels` or `tokens`, a row each of those asked for at places `kept`; faults:
+    of the others."""
 
-    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+    tensors: dict[str, Tensor]
+    kept: list[int]
+    faults: tuple[Fault, ...] = ()
+
+
+class Pictures(Protocol):
+    """Where a batch's pictures come from: `rows(indices)` gives those of the records with these numbers."""
+
+    def rows(self, indices: Sequence[int]) -> Rows: ...
 
 
 class Files:
-    """Pictures read and transformed at each step."""
+    """Pictures read and transformed at each step. skip: leaves out one that can't be used, where it would stop."""
 
-    def __init__(self, records: Sequence[Record], transform: Transform):
-        self.records, self.transform = records, transform
+    def __init__(self, records: Sequence[Record], transform: Transform, skip: bool = False):
+        self.records, self.transform, self.skip = records, transform, skip
 
-    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return {"pixels": torch.stack([self.one(i) for i in indices])}
+    def rows(self, indices: Sequence[int]) -> Rows:
+        found = {place: self.one(i) for place, i in enumerate(indices)}
+        sound = {place: pixels for place, pixels in found.items() if isinstance(pixels, Tensor)}
+        faults = tuple(fault for fault in found.values() if isinstance(fault, Fault))
+        if not sound:
+            raise UserError(f"none of {len(found)} pictures can be used; {faults[0].where}: {faults[0].message}")
+        return Rows({"pixels": torch.stack([*sound.values()])}, [*sound], faults)
 
-    def one(self, index: int) -> Tensor:
+    def one(self, index: int) -> Tensor | Fault:
         record = self.records[index]
-        return self.transform(open_picture(record.image, record.where))
+        try:
+            return self.transform(open_picture(record.image, record.where))
+        except BadPicture as bad:
+            if not self.skip:
+                raise UserError(f"{bad}; data.on_bad=skip goes on without it") from None
+            return bad.fault
 
 
 class Features:
@@ -70,8 +93,8 @@ class Features:
     def __init__(self, tokens: Tensor):
         self.tokens = tokens
 
-    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return {"tokens": self.tokens[torch.as_tensor(indices)].float()}
+    def rows(self, indices: Sequence[int]) -> Rows:
+        return Rows({"tokens": self.tokens[torch.as_tensor(indices)].float()}, list(range(len(indices))))
 
 
 def number(name: int | str) -> int:
@@ -134,6 +157,8 @@ class PairSteps(Dataset):
     def __getitem__(self, step: int) -> PairBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        seen = self.pictures.rows([int(i) for i, _ in chosen])
+        chosen = chosen[seen.kept]
         records = [self.records[i] for i, _ in chosen]
         texts = [r.captions[j] for r, (_, j) in zip(records, chosen, strict=True)]
         ids, mask = self.tokenizer.encode(texts, self.max_tokens)
@@ -143,10 +168,14 @@ class PairSteps(Dataset):
             torch.tensor([number(r.image_id) for r in records]),
             torch.tensor([number(" ".join(t.lower().split())) for t in texts]),
             step=step,
+            faults=seen.faults,
         )
-        return replace(batch, **self.pictures.rows([int(i) for i, _ in chosen]))
+        return replace(batch, **seen.tensors)
 
     def read(self, start: int, stop: int, workers: int = 0) -> Iterator[PairBatch]:
         """The batches of steps start … stop, in order, prepared by `workers` processes."""
         with plain_errors():
-            yield from DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers)
+            draw = torch.Generator()  # of the loader's own: it would draw from the one that dropout goes by
+            yield from DataLoader(
+                self, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=draw
+            )

@@ -1,31 +1,17 @@
-"""Pictures from files to what an encoder wants."""
+"""Pictures to what an encoder wants."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from diptych.errors import UserError
 from diptych.models.vision import ImageSpec
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-def open_picture(path: str | Path, where: str = "") -> Image.Image:
-    """An RGB picture, turned as its EXIF says. A file that is missing or no picture is a UserError that names it."""
-    named = f"{path}{f' ({where})' if where else ''}"
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{named}: there is no such picture") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{named}: can't be read as a picture ({error})") from None
 
 
 def transform(spec: ImageSpec) -> Transform:

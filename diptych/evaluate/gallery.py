@@ -5,7 +5,7 @@ I pictures, T texts, Q query tokens, E embedding, N image tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,21 +48,24 @@ def by_itc(scores: Tensor, gallery: Gallery) -> dict:
 
 
 def reranked(
-    model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: Literal["itm", "itm+itc"]
+    model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: Literal["itm", "itm+itc", "itm+itc/t"]
 ) -> tuple[dict, Reranked]:
-    """Recall both ways with each row's `top` by ITC re-ranked by ITM, or by ITM + ITC; and the scores."""
+    """Recall both ways with each row's `top` by ITC re-ranked by ITM, alone or with ITC as `Protocol` says."""
     protocol = Protocol.of(gallery.ids, gallery.text_ids, combine, top)
-    found = rerank(scores, pair_scorer(model, gallery), top, combine, chunk=256)
+    if combine == "itm+itc/t":
+        scores = scores / model.model.temperature.item()
+    found = rerank(scores, pair_scorer(model, gallery), top, "itm" if combine == "itm" else "itm+itc", chunk=256)
     return retrieval(found, gallery.ids, gallery.text_ids, protocol, gallery.texts), found
 
 
-def pair_scorer(model: PictureText, gallery: Gallery):
-    """(picture (P,), text (P,)) indices → ITM logits (P,). Pictures' keys and values are projected once a call."""
+def pair_scorer(model: PictureText, gallery: Gallery, rows_of: Callable[..., Tensor] = PictureText.match_rows):
+    """(picture (P,), text (P,)) indices → scores (P,): ITM logits, or what another method of `model` gives for rows.
+    Pictures' keys and values are projected once a call."""
 
     def score(pictures: Tensor, texts: Tensor) -> Tensor:
         asked, rows = torch.unique(pictures, return_inverse=True)
         memory = model.project(gallery.tokens[asked.cpu()])
-        return model.match_rows(memory, rows, [gallery.texts[int(t)] for t in texts])
+        return rows_of(model, memory, rows, [gallery.texts[int(t)] for t in texts])
 
     return score
 

@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
-from diptych.data.transforms import open_picture, transform
+from diptych.data.pictures import open_picture
+from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.blip2 import Stage1Model
 from diptych.models.vision import ImageTokens
 from diptych.objectives.contrastive import similarity
+from diptych.objectives.language import by_caption, caption_loss
 from diptych.text.tokenizer import Tokenizer
 
 Picture = str | Path | Image.Image
@@ -109,6 +111,17 @@ class PictureText:
         with self._autocast():
             logits = self.model.match(memory.at(pictures.to(self.device)), *self.ids(texts)).float()
         return logits[:, 1] - logits[:, 0]
+
+    @torch.no_grad()
+    def likelihood_rows(self, memory: Memory, pictures: Tensor, texts: Sequence[str]) -> Tensor:
+        """(R,) log probability, in nats, that picture `pictures[r]` of the memory is captioned with text r."""
+        ids, mask = self.ids(texts)
+        ids[:, 0] = self.tokenizer.start
+        with self._autocast():
+            _, past = self.model.qformer.queries(memory)
+            past.reorder(pictures.to(self.device))
+            logits, labels, counts = self.model.predict(past, ids, mask)
+        return -by_caption(caption_loss(logits.float(), labels), counts)
 
     def match(self, picture: Picture, texts: Sequence[str]) -> list[dict[str, float]]:
         """For each text: `itc`, the cosine, and `itm`, the probability that it belongs to the picture."""

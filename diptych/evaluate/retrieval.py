@@ -18,7 +18,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from diptych.errors import UserError, nearest
 
 KS = (1, 5, 10)
-RankedBy: TypeAlias = Literal["itc", "itm", "itm+itc"]
+RankedBy: TypeAlias = Literal["itc", "itm", "itm+itc", "itm+itc/t"]
 Ids: TypeAlias = Sequence[Hashable] | Tensor | np.ndarray
 Scores: TypeAlias = Tensor | Iterable[Tensor]
 ScorePairs: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -41,8 +41,10 @@ class Protocol:
 
     captions: texts per picture in the gallery, or "all" where the pictures differ in how many they have.
     pictures: pictures in the gallery.
-    ranked_by: "itc" (embedding similarity), "itm" (matching logit) or "itm+itc" (their sum, as BLIP and LAVIS do).
-    rerank_top: how many of ITC's best are re-ranked, for "itm" and "itm+itc"; None scores every pair.
+    ranked_by: "itc" (embedding similarity), "itm" (matching logit), "itm+itc" (their sum, as BLIP and LAVIS do) or
+        "itm+itc/t" (matching logit and similarity over the temperature). ITM learns to tell a pair from negatives that
+        are drawn by softmax(ITC / temperature), so this last sum is the log odds of a pair against all others.
+    rerank_top: how many of ITC's best are re-ranked, for all but "itc"; None scores every pair.
     """
 
     captions: int | Literal["all"]
@@ -51,7 +53,7 @@ class Protocol:
     rerank_top: int | None = None
 
     def __post_init__(self) -> None:
-        known = ("itc", "itm", "itm+itc")
+        known = get_args(RankedBy)
         if self.ranked_by not in known:
             raise UserError(
                 f"ranked_by: '{self.ranked_by}' is none of {', '.join(known)}{nearest(self.ranked_by, known)}"
@@ -61,7 +63,7 @@ class Protocol:
         if self.pictures < 1:
             raise UserError(f"pictures: {self.pictures}, but a retrieval gallery needs at least 1")
         if self.rerank_top is not None and self.ranked_by == "itc":
-            raise UserError("rerank_top: ITC re-ranks nothing; set ranked_by to 'itm' or 'itm+itc', or drop rerank_top")
+            raise UserError("rerank_top: ITC re-ranks nothing; set ranked_by to 'itm+itc/t', say, or drop rerank_top")
         if self.rerank_top is not None and self.rerank_top < 1:
             raise UserError(f"rerank_top: {self.rerank_top}, but at least 1 candidate must be re-ranked")
 
@@ -285,11 +287,11 @@ def rerank(
 ) -> Reranked:
     """Score ITC's best `top` columns of each row, both ways, by ITM; the rest stay behind them in ITC's order.
 
-    similarity: (I, T) ITC scores. score_pairs: (picture index (P,), text index (P,)) → ITM scores (P,), called with at
-    most `chunk` pairs at a time, ordered by picture, so that the model can project each picture's keys and values
-    once. A pair that both directions ask for is scored once. Ties at the edge of the top go to the lower index. top:
-    None scores every pair. combine: "itm+itc" adds the ITC score, as BLIP's and LAVIS's evaluation does (BLIP
-    `train_retrieval.py`, `evaluation`: k_test candidates, `score + sims`); "itm" doesn't.
+    similarity: (I, T) ITC scores, over a temperature or not. score_pairs: (picture index (P,), text index (P,)) → ITM
+    scores (P,), called with at most `chunk` pairs at a time, ordered by picture, so that the model can project each
+    picture's keys and values once. A pair that both directions ask for is scored once. Ties at the edge of the top go
+    to the lower index. top: None scores every pair. combine: "itm+itc" adds the ITC score, as BLIP's and LAVIS's
+    evaluation does (BLIP `train_retrieval.py`, `evaluation`: k_test candidates, `score + sims`); "itm" doesn't.
     """
     if combine not in ("itm", "itm+itc"):
         raise UserError(f"combine: '{combine}' is neither 'itm' nor 'itm+itc'{nearest(combine, ('itm', 'itm+itc'))}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diptych.data import scenes
 from diptych.data.records import Record
@@ -54,7 +55,10 @@ def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dic
 def negative_rows(
     model: PictureText, gallery: Gallery, folder: str | Path, language: str = "en"
 ) -> list[dict[str, Any]]:
-    """A table of one-word negatives: how often the true caption scores above the false one, by ITC and by ITM."""
+    """A table of one-word negatives: how often the true caption scores above the false one.
+
+    By ITC, by ITM, and by LM: which of the two the model would sooner say of the picture.
+    """
     place = {record.image_id: i for i, record in enumerate(gallery.records)}
     listed = json.loads((Path(folder) / "negatives.json").read_text(encoding="utf-8"))["negatives"]
     asked = [n for n in listed if n["image_id"] in place and n["language"] == language]
@@ -63,30 +67,33 @@ def negative_rows(
         return []
     where = torch.tensor([place[n["image_id"]] for n in rows])
     margins = _margins(model, gallery, where, rows)
-    told: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for row, itc, itm in zip(rows, *(m.tolist() for m in margins), strict=True):
-        told[row["attribute"]].append((itc > 0, itm > 0))
-    told["all"] = [pair for pairs in list(told.values()) for pair in pairs]
+    told: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        told[row["attribute"]].append(i)
+    told["all"] = list(range(len(rows)))
     return [
-        {"changed word": name, "pairs": len(flags), "ITC": _share(flags, 0), "ITM": _share(flags, 1)}
-        for name, flags in told.items()
+        {"changed word": name, "pairs": len(chosen)}
+        | {score: float((margin[chosen] > 0).float().mean()) for score, margin in margins.items()}
+        for name, chosen in told.items()
     ]
 
 
-def _margins(model: PictureText, gallery: Gallery, where: torch.Tensor, rows: list[dict]) -> list[torch.Tensor]:
-    """By how much each row's true caption scores above its false one with picture `where[row]`: (ITC, ITM)."""
+def _margins(model: PictureText, gallery: Gallery, where: Tensor, rows: list[dict]) -> dict[str, Tensor]:
+    """By how much each row's true caption scores above its false one with picture `where[row]`, a score each."""
     words = list(dict.fromkeys(row[key] for row in rows for key in ("caption", "negative")))
     number = {text: i for i, text in enumerate(words)}
     cosines = similarity(model.embed_tokens(gallery.tokens), model.embed_texts(words)).cpu()
-    score = pair_scorer(model, replace(gallery, texts=words))
+    spoken = replace(gallery, texts=words)
+    joint = {"ITM": PictureText.match_rows, "LM": PictureText.likelihood_rows}
 
-    def scores(key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(key: str) -> dict[str, Tensor]:
         texts = torch.tensor([number[row[key]] for row in rows])
-        itm = [score(*pair).cpu() for pair in zip(where.split(256), texts.split(256), strict=True)]
-        return cosines[where, texts], torch.cat(itm)
+        found = {"ITC": cosines[where, texts]}
+        for name, rows_of in joint.items():
+            score = pair_scorer(model, spoken, rows_of)
+            parts = zip(where.split(256), texts.split(256), strict=True)
+            found[name] = torch.cat([score(*pair).cpu() for pair in parts])
+        return found
 
-    return [true - false for true, false in zip(scores("caption"), scores("negative"), strict=True)]
-
-
-def _share(flags: list[tuple[bool, bool]], place: int) -> float:
-    return sum(pair[place] for pair in flags) / len(flags)
+    true, false = scores("caption"), scores("negative")
+    return {name: true[name] - false[name] for name in true}

@@ -45,6 +45,14 @@ def itc(
 
 
 @torch.no_grad()
+def likeness(embeddings: Tensor) -> Tensor:
+    """The mean cosine between different rows of (B, E), a scalar: near 1 they have collapsed. 0 for one row alone."""
+    rows = embeddings.shape[0]
+    total = torch.nn.functional.normalize(embeddings.float(), dim=-1).sum(0).square().sum()
+    return (total - rows) / max(rows * (rows - 1), 1)
+
+
+@torch.no_grad()
 def accuracy(logits: Tensor, targets: Targets) -> Tensor:
     """Share of rows whose best column is a right one, a scalar."""
     right = targets.block(0, logits.shape[0]) > 0

@@ -13,6 +13,7 @@ from diptych.checkpoints.starts import bert_shape, start_from_bert
 from diptych.config import Settings
 from diptych.core.config import StackConfig
 from diptych.data import readers
+from diptych.data.readers.faults import Fault
 from diptych.data.records import Record, hold_out
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
@@ -30,11 +31,14 @@ class Built:
     tokenizer: Tokenizer
 
 
-def splits(settings: Settings, say: Say = lambda line: None) -> dict[str, list[Record]]:
+def splits(
+    settings: Settings, say: Say = lambda line: None, faults: list[Fault] | None = None
+) -> dict[str, list[Record]]:
     """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them.
 
     A data set that names no splits is trained on whole, and one without the val split has pictures held out for it:
-    `data.hold_out`, or a tenth of the pictures where that would be more.
+    `data.hold_out`, or a tenth of the pictures where that would be more. faults: hears of the rows that are left out
+    where `data.on_bad` is "skip".
     """
     data, path = settings.data, settings.data.path
     if path is None:
@@ -42,7 +46,8 @@ def splits(settings: Settings, say: Say = lambda line: None) -> dict[str, list[R
     known = readers.splits(path)
 
     def part(name: str | None) -> list[Record]:
-        return readers.read(path, images=data.images, split=name if known else None, limit=data.limit)
+        skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
+        return readers.read(path, images=data.images, split=name if known else None, limit=data.limit, faults=skipped)
 
     found = {"train": part(data.train)}
     for role, name, usual in (("val", data.val, "val"), ("test", data.test, "test")):

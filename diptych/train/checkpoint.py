@@ -1,8 +1,7 @@
-"""A run's folder: settings, log, and a checkpoint with everything needed to go on.
+"""Checkpoints: all that a run needs to go on to the bit, or to be opened.
 
-runs/NAME/
-    settings.yaml · log.jsonl · tensorboard/ · tokenizer.json
-    checkpoint/   model.safetensors · optimizer.safetensors · state.json
+runs/NAME/checkpoints/
+    00000500/   model.safetensors · training.safetensors · state.json     after 500 steps
 """
 
 from __future__ import annotations
@@ -11,18 +10,27 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 
-VERSION = 1
+VERSION = 2
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -34,47 +42,147 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def frozen_fingerprints(program: nn.Module) -> dict[str, str]:
+    """Of each part that has weights and trains none: what stands for them in a checkpoint."""
+    return {name: fingerprint(child) for name, child in _frozen(program)}
+
+
 def trained_state(program: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers of what is trained; a tied tensor once, under its first name. Frozen parts are left out."""
-    frozen = tuple(f"{name}." for name, child in program.named_children() if _weighs(child) and is_frozen(child))
+    """Weights and buffers of what is trained, whole however they are sharded, as copies on the CPU; a tied tensor once,
+    under its first name. Frozen parts are left out."""
+    left_out = tuple(f"{name}." for name, _ in _frozen(program))
     again = {name for group in tied(program) for name in group[1:]}
-    state = program.state_dict()
-    kept = [name for name in state if name not in again and not name.startswith(frozen)]
-    return {name: state[name].detach().contiguous() for name in kept}
+    state: Any = get_model_state_dict(program, options=WHOLE)
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+        if name not in again and not name.startswith(left_out)
+    }
 
 
-def save(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
-    """Writes a checkpoint aside and renames it into place: a reader finds the old one or the new one, never a half.
+class Checkpoints:
+    """The checkpoints of a run, each in a folder named by the steps done; the newest `keep` stay.
 
-    optimizer: None for weights that were converted, and have no moments."""
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(trained_state(program), aside / "model.safetensors")
-    if optimizer is not None:
-        moments = optimizer.state_dict()["state"]
-        tensors = {f"{i}.{k}": v.contiguous() for i, kept in moments.items() for k, v in kept.items()}
-        save_file({k: v.reshape(1) if v.dim() == 0 else v for k, v in tensors.items()}, aside / "optimizer.safetensors")
-    frozen = {n: fingerprint(c) for n, c in program.named_children() if _weighs(c) and is_frozen(c)}
-    record = {"version": VERSION, "frozen": frozen, "torch_generator": torch.get_rng_state().tolist(), **state}
-    (aside / "state.json").write_text(json.dumps(record))
-    before = folder.with_name(folder.name + ".before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)
-    os.replace(aside, folder)
-    shutil.rmtree(before, ignore_errors=True)
+    One is copied in memory, then written by another thread while training goes on: aside, flushed to the disk and
+    renamed, so that a folder with a number is whole, whenever the machine stops. Use as a context: leaving it waits for
+    the last one.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def newest_first(self) -> list[Path]:
+        """Folders of whole checkpoints."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((f for f in self.folder.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name), reverse=True)
+
+    def save(
+        self,
+        step: int,
+        program: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: dict[str, Any],
+        frozen: dict[str, str] | None = None,
+    ) -> None:
+        """Begins to keep the run as it is after `step` steps; waits for the one before, whose failure is told now.
+
+        optimizer: None for weights that were converted and have no moments. state: what JSON can hold. frozen: the
+        program's `frozen_fingerprints`, where they are known already.
+        """
+        self.wait()
+        files = {"model.safetensors": trained_state(program)}
+        if optimizer is not None:
+            files["training.safetensors"] = _moments(program, optimizer) | _generators()
+        frozen = frozen_fingerprints(program) if frozen is None else frozen
+        record = {"version": VERSION, "step": step, "frozen": frozen, **state}
+        self._writing = self._thread.submit(self._write, step, files, record)
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> None:
+        target = self.folder / f"{step:08d}"
+        aside = target.with_suffix(".writing")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name, tensors in files.items():
+                save_file(tensors, aside / name)
+            (aside / "state.json").write_text(json.dumps(record), encoding="utf-8")
+            for file in (*aside.iterdir(), aside):
+                _flush(file)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"{target}: the checkpoint can't be written ({error}); {self._last_good()}") from None
+        for old in (*self.newest_first()[self.keep :], *self.folder.glob("*.writing")):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _last_good(self) -> str:
+        kept = self.newest_first()
+        return f"the run can go on from {kept[0]} with --resume" if kept else "there is none before it"
+
+    def load(self, program: nn.Module, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
+        """Fills `program` from the newest checkpoint that can be read; gives its folder and state.
+
+        One that is damaged is passed over aloud; one of another model is refused.
+        """
+        found = self.newest_first()
+        if not found:
+            raise UserError(f"{self.folder}: no checkpoint there; the run was stopped before its first")
+        damaged: list[Damaged] = []
+        for folder in found:
+            try:
+                state = load_model(folder, program)
+                for error in damaged:
+                    say(f"warning: {error}; {folder.name} is used, which is older")
+                return folder, state
+            except Damaged as error:
+                damaged.append(error)
+        raise damaged[0]
+
+
+class Damaged(UserError):
+    """A checkpoint's file is cut or missing."""
 
 
 def load_model(folder: Path, program: nn.Module) -> dict[str, Any]:
     """Fills `program` with a checkpoint's weights and gives its state. Strict: names, shapes, frozen parts' bits."""
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{folder}: no checkpoint there (model.safetensors is missing)")
     try:
-        kept, state = load_file(file), json.loads((folder / "state.json").read_text())
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{folder}: the checkpoint can't be read ({error})") from None
+        kept = load_file(folder / "model.safetensors")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if (folder / "training.safetensors").exists():
+            load_file(folder / "training.safetensors")
+    except (SafetensorError, ValueError, OSError) as error:
+        raise Damaged(f"{folder}: the checkpoint can't be read ({error})") from None
+    if state.get("version") != VERSION:
+        raise UserError(f"{folder}: written by another version of diptych ({state.get('version')}, not {VERSION})")
+    for name, digest in frozen_fingerprints(program).items():
+        if state["frozen"].get(name, digest) != digest:
+            raise UserError(f"{folder}: trained beside another {name} than the one its settings now lead to")
+    fill(program, kept, folder / "model.safetensors")
+    return state
+
+
+def fill(program: nn.Module, kept: dict[str, Tensor], file: Path) -> None:
+    """Gives `program` the weights `kept`, which are of `file`: all that is trained and nothing else, or none."""
     wanted = trained_state(program)
     for name in sorted(wanted.keys() | kept.keys()):
         if name not in kept or name not in wanted:
@@ -82,30 +190,58 @@ def load_model(folder: Path, program: nn.Module) -> dict[str, Any]:
         if kept[name].shape != wanted[name].shape:
             shapes = f"{tuple(kept[name].shape)}, and the model's is {tuple(wanted[name].shape)}"
             raise UserError(f"{file}: '{name}' is {shapes}: the checkpoint is of another shape")
-    for name, child in program.named_children():
-        if state["frozen"].get(name, fingerprint(child)) != fingerprint(child):
-            raise UserError(f"{folder}: trained beside another {name} than the one its settings now lead to")
     with torch.no_grad():
         for name, tensor in program.state_dict(keep_vars=True).items():
             if name in kept:
                 tensor.copy_(kept[name])
-    return state
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Gives an optimizer over the same parameters the moments of a checkpoint."""
-    file = folder / "optimizer.safetensors"
+def load_training(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer of `program` its moments of a checkpoint, and random numbers the state they had."""
+    file = folder / "training.safetensors"
     try:
         kept = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: the optimizer's moments can't be read ({error})") from None
-    moments = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
+        raise Damaged(f"{file}: the optimizer's moments can't be read ({error})") from None
+    for name, tensor in list(kept.items()):
+        if name.startswith("generator."):
+            device = name.removeprefix("generator.")
+            if device == "cpu":
+                torch.set_rng_state(tensor)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensor)
+            del kept[name]
+    wanted = _moments(program, optimizer)
+    for name in sorted(wanted.keys() ^ kept.keys()):
+        raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this optimizer'}")
+    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)
     for name, tensor in kept.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = tensor.reshape(()) if key == "step" else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": moments["param_groups"]})
+        kind, _, parameter = name.partition("/")
+        state["state"][parameter][kind] = tensor
+    set_optimizer_state_dict(program, optimizer, state, options=WHOLE)
 
 
-def _weighs(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _moments(program: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """ "exp_avg/name of a parameter" → a copy, whole however it is sharded."""
+    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)
+    return {f"{kind}/{name}": t.clone() for name, kept in state["state"].items() for kind, t in kept.items()}
+
+
+def _generators() -> dict[str, Tensor]:
+    """The state of torch's random numbers, which dropout draws."""
+    states = {"generator.cpu": torch.get_rng_state()}
+    return states | ({"generator.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _frozen(program: nn.Module) -> list[tuple[str, nn.Module]]:
+    weighs = [(name, child) for name, child in program.named_children() if any(True for _ in child.parameters())]
+    return [(name, child) for name, child in weighs if is_frozen(child)]
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a rename may reach it before what is renamed."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -25,8 +25,8 @@ from diptych.config import Encoder, QFormer, Settings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
-from diptych.train import checkpoint
 from diptych.train.build import Built, Say, build
+from diptych.train.checkpoint import Checkpoints
 from diptych.train.run import reopen
 
 FORMATS = ("lavis", "hf", "diptych")
@@ -351,7 +351,8 @@ def write_run(opened: Opened, out: Path) -> list[str]:
         settings.image_encoder.weights = TOWER_FILE
     settings.qformer.tokenizer = None  # the run's own tokenizer.json is used
     opened.built.tokenizer.save(out)
-    checkpoint.save(out / "checkpoint", program, None, {"step": 0, "steps": 0})
+    with Checkpoints(out / "checkpoints") as kept:
+        kept.save(0, program, None, {"steps": 0})
     (out / "log.jsonl").touch()
     began = {"torch": torch.__version__, "began": time.time(), "converted": settings.about}
     (out / "environment.json").write_text(json.dumps(began))

@@ -5,6 +5,7 @@ b pictures of a small measured batch, B of the recipe's, T text tokens, N image 
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,9 +133,10 @@ def features_bytes(pictures: int, tokens: int, width: int) -> int:
 
 
 def caption_tokens(tokenizer: Tokenizer, records: list[Record] | None, longest: int) -> int:
-    """T that a batch is padded to: the longest of the first captions, cut at `longest`; without records, `longest`."""
+    """The mean length of the first captions, cut at `longest`, for nothing is computed for padding; without records,
+    `longest`."""
     texts = [text for record in (records or [])[:READ] for text in record.captions]
-    return max((len(row) for row in tokenizer.rows(texts, longest)), default=longest)
+    return round(statistics.mean(map(len, tokenizer.rows(texts, longest)))) if texts else longest
 
 
 def image_cost(encoder: nn.Module | None) -> tuple[tuple[int, int], int, int]:

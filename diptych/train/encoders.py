@@ -24,8 +24,10 @@ NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip"
 def image_encoder(chosen: config.Encoder) -> nn.Module:
     """The encoder the settings name, with its weights; frozen where they say so."""
     kind, _, name = chosen.name.partition(":")
+    if chosen.stage is not None and kind not in ("starter", "timm"):
+        raise UserError(f"image_encoder.stage: {chosen.name} has no stages; leave it out")
     if kind == "starter":
-        encoder = starter.image_encoder(chosen.size)
+        encoder = starter.image_encoder(chosen.size, chosen.stage)
     elif kind == "timm" and name:
         encoder = _timm(name, chosen)
     elif kind == "hf" and name:
@@ -42,7 +44,7 @@ def _timm(name: str, chosen: config.Encoder) -> TimmEncoder:
 
     if not timm.is_model(name):
         raise UserError(f"image_encoder.name: timm has no model '{name}'; see timm.list_models()")
-    encoder = TimmEncoder(name, chosen.size)
+    encoder = TimmEncoder(name, chosen.size, chosen.stage)
     if chosen.weights:
         _fill(encoder.model, chosen.weights)
     return encoder

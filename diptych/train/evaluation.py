@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from diptych.data import readers
+from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.errors import UserError
+from diptych.evaluate import captioning, scenes
 from diptych.evaluate import gallery as galleries
-from diptych.evaluate import scenes
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.report import Candidate, Example, ReportData, choose_examples, summary_lines, write_report
 from diptych.evaluate.retrieval import ranks
 from diptych.generate import Search
-from diptych.train import features
+from diptych.train import features, skipped
 from diptych.train.build import splits
 from diptych.train.checkpoint import fingerprint
 from diptych.train.run import Run, load
@@ -55,11 +56,12 @@ def evaluate(
     """
     run = load(folder)
     watch = Watch(run.folder, say=say)
-    parts = splits(run.settings)
+    faults: list[Fault] = []
+    parts = splits(run.settings, faults=faults)
     split = split or ("test" if "test" in parts else "val")
     if split not in parts:
         raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
-    found = figures(run, parts[split], rerank, watch)
+    found = figures(run, parts[split], rerank, watch, faults)
     for result in found.results:
         for line in ["", *summary_lines(result)]:
             say(line)
@@ -71,16 +73,20 @@ def evaluate(
     record = {"split": split, "retrieval": found.results, "tables": found.tables, "captions": found.said}
     (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     if report:
-        path = write_report(run.folder / "report.html", report_data(run, found, split))
+        left_out = dict.fromkeys([*skipped.read(run.folder), *faults])
+        path = write_report(run.folder / "report.html", report_data(run, found, split, [*left_out]))
         say(f"\nreport: {path}")
     return record
 
 
-def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watch) -> Evaluated:
-    """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells."""
+def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watch, faults: list[Fault]) -> Evaluated:
+    """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells. `faults` hears of pictures
+    that can't be used."""
     chosen, folder = run.settings.evaluation, run.settings.data.path
     records = records[: chosen.limit]
-    tokens = features.encoded(run.model.image_encoder, records, run.settings.data.workers, watch, "held-out pictures")
+    records, tokens = features.encoded(
+        run.settings.data, run.model.image_encoder, records, watch, "held-out pictures", faults
+    )
     gallery = Gallery.of(records, tokens)
     scores = galleries.similarities(run.model, gallery)
     found = Evaluated(gallery, scores, [galleries.by_itc(scores, gallery)])
@@ -92,6 +98,8 @@ def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watc
         count = min(chosen.captions, len(records))
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
         found.said = galleries.captions(run.model, gallery, count, search)
+        rows = captioning.score_rows(found.said, [record.captions for record in records[:count]])
+        found.tables["Captions beside their references"] = rows
     if scenes.is_scenes(folder):
         _scene_figures(run, found, str(folder))
     return found
@@ -116,7 +124,7 @@ def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
     folder = str(run.settings.data.path)
     if "test_unseen" not in readers.splits(folder):
         return
-    other = figures(run, readers.read(folder, split="test_unseen"), 0, watch)
+    other = figures(run, readers.read(folder, split="test_unseen"), 0, watch, [])
     rows = []
     for name, part in (("seen", found), ("unseen", other)):
         row: dict[str, Any] = {"colour–shape pairs": name, "pictures": len(part.gallery.records)}
@@ -140,12 +148,14 @@ def _cell(value: Any) -> str:
     return f"{value:.1%}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
-def report_data(run: Run, found: Evaluated, split: str) -> ReportData:
-    """What the report shows of a run and of what it gave on `split`."""
+def report_data(run: Run, found: Evaluated, split: str, left_out: Sequence[Fault] = ()) -> ReportData:
+    """What the report shows of a run and of what it gave on `split`; left_out: rows and pictures of no use."""
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [row["step"] for row in log]
     named = {"itc": "ITC", "itm": "ITM", "lm": "LM"}
-    curves = {name: (steps, [row[key] for row in log]) for key, name in named.items() if log and key in log[0]}
+    present = [key for key in named if log and key in log[0]]
+    told = {key: [float("nan") if row[key] is None else row[key] for row in log] for key in present}
+    curves = {named[key]: (steps, values) for key, values in told.items()}
     batch = run.settings.train.batch
     return ReportData(
         title=run.folder.name,
@@ -155,13 +165,19 @@ def report_data(run: Run, found: Evaluated, split: str) -> ReportData:
         samples=batch * len(log),
         losses=curves,
         results=found.results,
-        breakdowns=found.tables,
+        breakdowns=found.tables | _left_out(left_out),
         examples=examples(found),
         settings=run.settings.model_dump(mode="json"),
         fingerprints={"model": fingerprint(run.model.model), "image encoder": fingerprint(run.model.image_encoder)},
         next_commands=next_commands(run.folder, found.gallery.records[0].image),
         notes=[f"Figures are of the split '{split}'; no picture of it was trained on."],
     )
+
+
+def _left_out(faults: Sequence[Fault]) -> dict[str, list[dict[str, Any]]]:
+    """A table of all rows and pictures that could not be used; none where there are none."""
+    rows = [{"left out": fault.kind, "where": fault.where, "why": fault.message} for fault in faults]
+    return {f"Left out: {len(rows)} rows and pictures that could not be used": rows} if rows else {}
 
 
 def examples(found: Evaluated) -> list[Example]:

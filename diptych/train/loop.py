@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,15 @@ from diptych.errors import UserError
 from diptych.train.program import Program
 from diptych.train.schedule import rate
 
+PATIENCE = 3  # steps in a row that may fail
+
 
 @dataclass
 class Step:
-    """What is told of one step: losses by name, learning rate, gradient norm, seconds waited for data and in all."""
+    """What is told of one step: losses by name, learning rate, gradient norm, seconds waited for data and in all.
+
+    vitals: what the program says of its health. skipped: why the weights were left as they were, None as a rule.
+    """
 
     number: int
     losses: dict[str, float]
@@ -26,6 +32,8 @@ class Step:
     norm: float
     waited: float
     seconds: float
+    vitals: dict[str, float] = field(default_factory=dict)
+    skipped: str | None = None
 
 
 def precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -50,12 +58,17 @@ def run(
     steps: int,
     start: int = 0,
     after: Callable[[Step], None] = lambda step: None,
+    failed: Callable[[Failure], str] = lambda failure: "",
 ) -> None:
-    """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step."""
+    """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step.
+
+    A step whose loss or gradient is no finite number changes nothing: `failed` hears of it and may say, for the
+    person, where to look; the third in a row stops the run.
+    """
     device = next(p for p in program.parameters() if p.requires_grad).device
     dtype = precision(settings.precision, device)
     trained = [p for p in program.parameters() if p.requires_grad]
-    warmup = max(1, round(settings.warmup * steps))
+    warmup, in_a_row = max(1, round(settings.warmup * steps)), 0
     program.train()
     for number in range(start, steps):
         began = time.perf_counter()
@@ -64,22 +77,43 @@ def run(
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        drawn = torch.get_rng_state()
         program.before_step()
         with autocast(dtype, device):
             losses = program(batch)
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf"))
         told = {name: value.detach() for name, value in losses.items()}
-        _check(told, norm, number)
-        optimizer.step()
+        reason = _not_finite(told, norm)
+        if reason is None:
+            optimizer.step()
+            in_a_row = 0
         optimizer.zero_grad(set_to_none=True)
-        program.after_step()
+        if reason is None:
+            program.after_step()
         values = {name: float(value) for name, value in told.items()}
-        after(Step(number, values, lr, float(norm), waited, time.perf_counter() - began))
+        step = Step(number, values, lr, float(norm), waited, time.perf_counter() - began, program.vitals(), reason)
+        if reason is not None:
+            in_a_row += 1
+            look = failed(Failure(step, batch, drawn, program))
+            if in_a_row == PATIENCE:
+                where = f"step {number}: {reason}, as in the {PATIENCE - 1} steps before, which were left out"
+                raise UserError(f"{where}; lower train.lr, or set train.precision=float32{look and '; '}{look}")
+        after(step)
 
 
-def _check(losses: dict[str, Tensor], norm: Tensor, step: int) -> None:
+@dataclass
+class Failure:
+    """A step that was left out: what was told of it, its batch, torch's random numbers before it, the program."""
+
+    step: Step
+    batch: Any
+    generator: Tensor
+    program: Program
+
+
+def _not_finite(losses: dict[str, Tensor], norm: Tensor) -> str | None:
     bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    if bad or not torch.isfinite(norm):
-        what = f"the loss {bad[0]}" if bad else "the gradients' norm"
-        raise UserError(f"step {step}: {what} is no finite number; lower train.lr, or set train.precision=float32")
+    if not bad and torch.isfinite(norm):
+        return None
+    return f"{f'the loss {bad[0]}' if bad else 'the norm of the gradients'} is no finite number"

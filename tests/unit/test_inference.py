@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from diptych.core.config import StackConfig
 from diptych.data.records import Record
@@ -74,6 +78,20 @@ def test_matching_a_picture_agrees_with_matching_pairs(model, pictures, gallery)
     assert pairs.std() > 1e-3  # or anything would agree
 
 
+def test_the_likelihood_of_a_caption_is_that_of_its_words_one_by_one(model, gallery):
+    rows = torch.arange(5).repeat_interleave(len(TEXTS))
+    memory = model.project(gallery.tokens)
+    together = model.likelihood_rows(memory, rows, TEXTS * 5)
+    for row, text in zip(rows.tolist(), TEXTS * 5, strict=True):
+        _, past = model.model.qformer.queries(model.project(gallery.tokens[row : row + 1]))
+        ids, wanted = [model.tokenizer.start, *model.tokenizer.rows([text], 16)[0][1:]], 0.0
+        for now, then in pairwise(ids):
+            with torch.no_grad():
+                wanted += float(model.model.step(past, torch.tensor([[now]])).log_softmax(-1)[0, then])
+        assert together[0] == pytest.approx(wanted, abs=1e-4)
+        together = together[1:]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_captions_do_not_depend_on_the_batch(model, pictures, beams):
     search = Search(beams=beams, max_length=10, min_length=3)
@@ -92,6 +110,20 @@ def test_re_ranking_every_pair_ranks_by_matching(model, gallery):
     ).view(5, 10)
     torch.testing.assert_close(found.image_to_text, every, rtol=0, atol=1e-5)
     assert "re-ranked by ITM" in result["protocol"] and "ITC" in galleries.by_itc(scores, gallery)["protocol"]
+
+
+def test_re_ranking_with_itc_over_its_temperature(model, gallery):
+    """ITM's log odds correct the odds of ITC; an ITM that can tell nothing leaves ITC's order as it was."""
+    scores = galleries.similarities(model, gallery)
+    itm = galleries.reranked(model, gallery, scores, 10, "itm")[1].image_to_text
+    result, found = galleries.reranked(model, gallery, scores, 10, "itm+itc/t")
+    wanted = itm + scores / model.model.temperature.item()
+    torch.testing.assert_close(found.image_to_text, wanted, rtol=0, atol=1e-4)
+    assert "re-ranked by ITM+ITC/T" in result["protocol"]
+    head = model.model.matching_head
+    with patch.object(head, "weight", nn.Parameter(torch.zeros_like(head.weight))):
+        blind = galleries.reranked(model, gallery, scores, 3, "itm+itc/t")[1]
+    assert torch.equal(blind.image_to_text.argsort(1, descending=True), scores.argsort(1, descending=True))
 
 
 def test_a_caption_longer_than_the_model_knows_is_said(model, pictures):

@@ -181,12 +181,12 @@ def test_a_bad_picture_is_named_with_its_row(records, words, tmp_path, kind, wor
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     for read in (
         lambda: list(PairSteps(bad, files, words, 2).read(0, 1, workers)),
-        lambda: encode(tower, bad, files.transform, workers=workers),
+        lambda: encode(tower, files, workers=workers),
     ):
         with pytest.raises(UserError) as said:
             read()
         line = str(said.value)
-        assert line.startswith(f"{path} (captions.json, image 9): ") and "\n" not in line
+        assert line.startswith(f"captions.json, image 9: picture '{path}' ") and "\n" not in line
 
 
 def test_features_are_what_the_encoder_makes_of_the_files(records, words):
@@ -194,7 +194,8 @@ def test_features_are_what_the_encoder_makes_of_the_files(records, words):
     torch.manual_seed(0)
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     encoder, heard = freeze(tower), []
-    table = encode(encoder, records, transform(SPEC), batch=3, done=heard.append)
+    table, places, faults = encode(encoder, Files(records, transform(SPEC)), batch=3, done=heard.append)
+    assert places == list(range(7)) and not faults
     assert table.shape == (7, 5, 8) and table.dtype == torch.bfloat16 and heard == [3, 6, 7]
     live = PairSteps(records, Files(records, transform(SPEC)), words, 3)
     kept = PairSteps(records, Features(table), words, 3)

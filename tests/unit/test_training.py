@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from diptych.models.qformer import QFormerConfig
 from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.objectives import contrastive, language
 from diptych.train import checkpoint, loop
+from diptych.train.checkpoint import Checkpoints
+from diptych.train.health import Health
 from diptych.train.programs import Stage1, Stage1Objectives
 from diptych.train.schedule import groups, optimizer, rate
 
@@ -203,71 +206,104 @@ def outputs(made: Stage1) -> dict[str, Tensor]:
     return losses | told | {"captions": captions.ids, "scores": captions.scores}
 
 
+def saved(folder: Path, made: Stage1, moves: torch.optim.Optimizer, step: int) -> Path:
+    """The folder of a checkpoint of `made` after `step` steps."""
+    with Checkpoints(folder / "checkpoints") as kept:
+        kept.save(step, made, moves, {})
+    return folder / "checkpoints" / f"{step:08d}"
+
+
+def opened(folder: Path, made: Stage1) -> torch.optim.Optimizer:
+    """`made` filled from the newest checkpoint in `folder`, and its optimizer."""
+    said = []
+    kept, _ = Checkpoints(folder / "checkpoints").load(made, said.append)
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    checkpoint.load_training(kept, made, moves)
+    assert not said
+    return moves
+
+
 def test_a_checkpoint_gives_back_outputs_and_moments_to_the_bit(tmp_path):
     made = program(seed=1)
     moves = trained(made)
-    checkpoint.save(tmp_path / "checkpoint", made, moves, {"step": 3})
+    saved(tmp_path, made, moves, 3)
     again = program(seed=1)
     assert not alike(outputs(again), outputs(made))
-    assert checkpoint.load_model(tmp_path / "checkpoint", again)["step"] == 3
+    new = opened(tmp_path, again)
     assert alike(bits(again), bits(made)) and alike(outputs(again), outputs(made))
     assert again.model.language_head.decoder.weight is again.model.qformer.embeddings.word.weight
-    new = optimizer(again, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
-    checkpoint.load_optimizer(tmp_path / "checkpoint", new)
     assert moments(moves) and alike(moments(new), moments(moves))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_going_on_from_a_checkpoint_is_going_on(tmp_path, frozen):
-    """Three steps, a checkpoint, three more; and six in one go: the same bits."""
-    whole = program(frozen=frozen)
+    """Three steps, a checkpoint, three more; and six in one go, dropout and all: the same bits."""
+    whole = program(frozen=frozen, dropout=0.3)
     last = trained(whole, 6)
-    half = program(frozen=frozen)
-    checkpoint.save(tmp_path / "checkpoint", half, trained(half, 3), {"step": 3})
-    again = program(frozen=frozen)
-    state = checkpoint.load_model(tmp_path / "checkpoint", again)
-    moves = optimizer(again, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
-    checkpoint.load_optimizer(tmp_path / "checkpoint", moves)
-    trained(again, 6, state["step"], moves)
+    half = program(frozen=frozen, dropout=0.3)
+    saved(tmp_path, half, trained(half, 3), 3)
+    torch.rand(5)  # whatever else has drawn in the meantime
+    again = program(frozen=frozen, dropout=0.3)
+    moves = opened(tmp_path, again)
+    trained(again, 6, 3, moves)
     assert alike(bits(again), bits(whole)) and alike(moments(moves), moments(last))
 
 
-def test_a_checkpoint_leaves_frozen_weights_out_and_holds_a_tied_one_once(tmp_path):
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
+    """Training goes on while another thread writes."""
     made = program()
-    state = checkpoint.trained_state(made)
+    moves = trained(made)
+    before, kept = bits(made.model), Checkpoints(tmp_path / "checkpoints")
+    with patch.object(checkpoint, "save_file", side_effect=checkpoint.save_file) as writes, kept:
+        kept.save(3, made, moves, {})
+        with torch.no_grad():
+            for parameter in made.model.parameters():
+                parameter.zero_()
+    assert writes.call_count == 2
+    opened(tmp_path, again := program())
+    assert alike(bits(again.model), before)
+
+
+def test_a_checkpoint_leaves_frozen_weights_out_and_holds_a_tied_one_once():
+    state = checkpoint.trained_state(program())
     assert not [name for name in state if name.startswith("image_encoder")]
     assert "model.qformer.embeddings.word.weight" in state and "model.language_head.decoder.weight" not in state
     assert any(name.startswith("image_encoder") for name in checkpoint.trained_state(program(frozen=False)))
 
 
-def test_a_later_checkpoint_takes_the_place_of_an_earlier_one(tmp_path):
+def test_the_newest_checkpoints_stay(tmp_path):
     made = program()
-    folder, moves = tmp_path / "checkpoint", trained(made)
-    checkpoint.save(folder, made, moves, {"step": 3})
-    trained(made, 5, 3, moves)
-    checkpoint.save(folder, made, moves, {"step": 5})
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert checkpoint.load_model(folder, again := program())["step"] == 5 and alike(bits(again), bits(made))
+    moves = trained(made, 1)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as kept:
+        (tmp_path / "checkpoints" / "00000009.writing").mkdir(parents=True)  # of a run that was killed
+        for step in (1, 9, 10, 100):
+            kept.save(step, made, moves, {})
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"00000010", "00000100"}
+    assert kept.load(program())[1]["step"] == 100
 
 
 @pytest.fixture
 def kept(tmp_path) -> Path:
     made = program()
-    checkpoint.save(tmp_path / "checkpoint", made, trained(made, 1), {"step": 1})
-    return tmp_path / "checkpoint"
+    return saved(tmp_path, made, trained(made, 1), 1)
 
 
 def refused(folder: Path, made: Stage1, what: str) -> None:
     """In one line that names the checkpoint, with the program as it was."""
     before = bits(made)
     with pytest.raises(UserError, match=what) as said:
-        checkpoint.load_model(folder, made)
-    assert str(folder) in str(said.value) and "\n" not in str(said.value)
+        Checkpoints(folder.parent).load(made)
+    assert str(folder.parent) in str(said.value) and "\n" not in str(said.value)
     assert alike(bits(made), before)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(kept):
     refused(kept, program(width=12), "another shape")
+
+
+def test_a_checkpoint_of_another_version_is_refused(kept):
+    (kept / "state.json").write_text((kept / "state.json").read_text().replace('"version": 2', '"version": 9'))
+    refused(kept, program(), "another version of diptych")
 
 
 def test_a_checkpoint_beside_another_frozen_encoder_is_refused(kept):
@@ -281,27 +317,60 @@ def test_a_checkpoint_of_a_frozen_encoder_is_refused_where_it_is_to_be_trained(k
     refused(kept, program(frozen=False), "is missing")
 
 
+def cut_at(file: Path, share: float | None) -> None:
+    """Leaves the first `share` of a file's bytes; None: no file."""
+    whole = file.read_bytes()
+    file.unlink() if share is None else file.write_bytes(whole[: int(len(whole) * share)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json"])
+def test_a_cut_checkpoint_is_passed_over_aloud_and_refused_where_it_is_the_only_one(kept, name, share):
+    made, told = program(), []
+    saved(kept.parent.parent, made, trained(made, 2), 2)
+    cut_at(kept.parent / "00000002" / name, share)
+    folder, state = Checkpoints(kept.parent).load(program(), told.append)
+    assert folder == kept and state["step"] == 1
+    assert len(told) == 1 and "00000002: the checkpoint can't be read" in told[0] and "00000001 is used" in told[0]
+    cut_at(kept / name, share)
+    refused(kept, program(), "can't be read")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
-@pytest.mark.parametrize("cut", ["half", "empty", "gone"])
-def test_a_cut_checkpoint_is_refused(kept, name, cut):
-    file = kept / name
-    whole = file.read_bytes()
-    file.unlink() if cut == "gone" else file.write_bytes(whole[: len(whole) // 2] if cut == "half" else b"")
-    refused(kept, program(), "can't be read|no checkpoint there")
+def test_a_checkpoint_without_a_file_is_refused(kept, name):
+    cut_at(kept / name, None)
+    refused(kept, program(), "can't be read")
 
 
-@pytest.mark.parametrize("cut", ["half", "empty", "gone"])
-def test_cut_moments_are_refused(kept, cut):
-    file = kept / "optimizer.safetensors"
-    whole = file.read_bytes()
-    file.unlink() if cut == "gone" else file.write_bytes(whole[: len(whole) // 2] if cut == "half" else b"")
-    with pytest.raises(UserError, match="optimizer.safetensors") as said:
-        checkpoint.load_optimizer(kept, optimizer(program(), 1e-3, (0.9, 0.98), 0.0))
-    assert "\n" not in str(said.value)
+def test_moments_of_another_optimizer_are_refused(kept):
+    made = program()
+    made.model.temperature.requires_grad_(False)
+    with pytest.raises(UserError, match=r"training.safetensors: 'exp_avg/model.temperature' is not of this optimizer"):
+        checkpoint.load_training(kept, made, optimizer(made, 1e-3, (0.9, 0.98), 0.0))
 
 
 def test_no_checkpoint_at_all_is_said(tmp_path):
-    refused(tmp_path / "none", program(), "no checkpoint there")
+    refused(tmp_path / "none" / "1", program(), "no checkpoint there")
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 1,000 bytes: writing fails midway, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(kept, full_disk):
+    made = program()
+    with (
+        pytest.raises(UserError, match="can't be written .*too large.*go on from .*00000001 with --resume") as said,
+        Checkpoints(kept.parent) as shelf,
+    ):
+        shelf.save(5, made, optimizer(made, 1e-3, (0.9, 0.98), 0.0), {})
+    assert "\n" not in str(said.value)
+    assert [path.name for path in kept.parent.iterdir()] == ["00000001"]
 
 
 # Learning, and when it can't.
@@ -347,32 +416,79 @@ def test_the_temperature_never_passes_zero():
     assert 0.001 < heard[0] < 0.07 and heard[-1] == pytest.approx(0.001)
 
 
-@pytest.mark.parametrize("what", ["pixels", "weight"])
-def test_a_loss_that_is_no_number_stops_with_a_line(what):
-    """It names the step and the loss; weights are as they were before the step."""
-    made, stream = program(), [batch(), batch(step=1)]
-    if what == "pixels":
-        stream[1].pixels[0, 0, 0, 0] = float("nan")
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
-    kept = {}
+def infinite(step: int) -> PairBatch:
+    """A batch with a pixel that is no number."""
+    rows = batch(step=step)
+    rows.pixels[0, 0, 0, 0] = float("nan")
+    return rows
+
+
+def test_a_step_whose_loss_is_no_number_is_left_out_and_told():
+    """It changes nothing: weights, moments and what follows are as if the step had not been."""
+    made, told, failures = program(), [], []
+    moves, kept = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay), []
 
     def after(step: loop.Step) -> None:
-        if what == "weight":
-            with torch.no_grad():
-                made.model.matching_head.bias[0] = float("inf")
-        kept.update(bits(made))
+        told.append(step)
+        kept.append((bits(made), {name: value.clone() for name, value in moments(moves).items()}))
 
-    with pytest.raises(UserError, match="step 1: the loss it[cm] is no finite number") as said:
-        loop.run(made, moves, iter(stream), SETTINGS, 2, after=after)
-    assert "\n" not in str(said.value) and "train.lr" in str(said.value)
-    assert alike(bits(made), kept)
+    stream = iter([batch(), infinite(1), infinite(2), batch(step=3), infinite(4), infinite(5)])
+    loop.run(made, moves, stream, SETTINGS, 6, after=after, failed=lambda failure: failures.append(failure) or "")
+    assert [step.skipped is None for step in told] == [True, False, False, True, False, False]
+    assert "the loss it" in told[1].skipped and [f.step.number for f in failures] == [1, 2, 4, 5]
+    for step in (1, 2, 4, 5):
+        assert alike(kept[step][0], kept[step - 1][0]) and alike(kept[step][1], kept[step - 1][1])
+    assert not alike(kept[3][0], kept[2][0])
 
 
-def test_a_gradient_that_is_no_number_stops_too():
+def test_the_third_failed_step_in_a_row_stops_with_a_line():
     made = program()
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    with pytest.raises(UserError, match="step 3: the loss it[cm] is no finite number.*train.lr.*; look there") as said:
+        loop.run(made, moves, map(infinite, range(1, 9)), SETTINGS, 8, start=1, failed=lambda _: "look there")
+    assert "\n" not in str(said.value)
+
+
+def test_a_gradient_that_is_no_number_counts_too():
+    made, told = program(), []
     made.model.picture_projection.weight.register_hook(lambda grad: grad * float("nan"))
     moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
     before = bits(made)
-    with pytest.raises(UserError, match="step 0: the gradients' norm is no finite number"):
-        loop.run(made, moves, batches(), SETTINGS, 1)
-    assert alike(bits(made), before)
+    loop.run(made, moves, batches(), SETTINGS, 1, after=told.append)
+    assert told[0].skipped == "the norm of the gradients is no finite number" and alike(bits(made), before)
+
+
+def test_the_vitals_of_a_step():
+    """The temperature, and how alike embeddings are: 1 where all are the same."""
+    made, told = program(), []
+    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    loop.run(made, moves, batches(), SETTINGS, 1, after=told.append)
+    assert told[0].vitals.keys() == {"temperature", "picture_likeness", "text_likeness"}
+    vectors = F.normalize(torch.randn(5, 8), dim=-1)
+    wanted = (vectors @ vectors.T)[~torch.eye(5, dtype=torch.bool)].mean()
+    torch.testing.assert_close(contrastive.likeness(vectors), wanted)
+    assert contrastive.likeness(vectors[:1].repeat(4, 1)).item() == pytest.approx(1)
+
+
+def steps(losses: list[float], **vitals: float) -> list[loop.Step]:
+    return [loop.Step(i, {"loss": loss}, 1e-3, 1.0, 0.0, 1.0, vitals) for i, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    "run, said",
+    [
+        (steps([3 - i / 200 for i in range(400)]), None),
+        (steps([3 + math.sin(i) for i in range(400)], temperature=0.02, picture_likeness=0.5), None),
+        (steps([3.0 + math.sin(i) for i in range(100)] + [9.0]), "step 100: the loss is 9, and was about 3"),
+        (steps([3.0] * 100, temperature=0.001), "step 49: the temperature is at its floor"),
+        (steps([3.0] * 100, temperature=0.9), "step 49: the temperature is 0.90"),
+        (steps([3.0] * 150, text_likeness=0.99), None),  # at the start all are alike
+        (steps([3.0] * 300, text_likeness=0.99), "step 200: embeddings of different texts are all but the same"),
+    ],
+)
+def test_a_dying_run_is_warned_of_once(run, said):
+    heard = []
+    health = Health(heard.append)
+    for step in run:
+        health.hear(step)
+    assert len(heard) == (said is not None) and (said is None or said in heard[0])

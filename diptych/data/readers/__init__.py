@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diptych.data.readers import schemas
-from diptych.data.readers.faults import Listener, Strict
+from diptych.data.readers.faults import Collecting, Fault, Listener, Strict
 from diptych.data.readers.gather import Places, gather, place
 from diptych.data.readers.schemas import Parse, Row
 from diptych.data.readers.source import FORMATS, SUFFIXES, annotation_files, load_json, locate
@@ -31,6 +31,7 @@ def read(
     split: str | None = None,
     format: str = "auto",
     limit: int | None = None,
+    faults: list[Fault] | None = None,
 ) -> list[Record]:
     """The pictures and captions of a file or a folder, one record a picture, in the order of the file.
 
@@ -38,10 +39,16 @@ def read(
     folder that the pictures' paths start from; without it, `images/` beside the file and then the file's own folder.
     split: rows of that split only (`restval` counts to train), or the file `<split>.*` of a folder. limit: so many
     pictures at most. Captions lose the white space at their ends. Pictures without a caption are left out, and their
-    number logged. Raises UserError at the first fault, naming file and row; every picture is known to be there.
+    number logged. Every picture is known to be there. Raises UserError at the first fault, naming file and row; where
+    `faults` is a list, the row is left out, the fault added to it, and reading goes on.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} reads nothing: give 1 or more, or leave it out")
+    if faults is not None:
+        collecting = Collecting()
+        records = load(path, images, split, format, collecting, limit)
+        faults += collecting.faults
+        return records
     tell = Strict()
     records = load(path, images, split, format, tell, limit)
     if tell.skipped["no caption"]:
@@ -60,7 +67,7 @@ def splits(path: str | Path, *, format: str = "auto") -> tuple[str, ...]:
         if len(files) > 1:
             return tuple(file.stem for file in files)
     file = locate(path, None, format)
-    parse = Parse(file, Strict())
+    parse = Parse(file, Collecting())  # faults are told by whoever reads the rows
     for _ in _rows(parse, format):
         pass
     return tuple(dict.fromkeys("train" if label == "restval" else label for label in parse.splits))

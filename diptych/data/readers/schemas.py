@@ -197,7 +197,7 @@ def karpathy(content: dict, parse: Parse) -> Iterator[Row]:
 
 def lines_of_json(parse: Parse) -> Iterator[tuple[str, Any]]:
     """(where, object) for each line of a JSON lines file that is not blank."""
-    for number, line in enumerate(text_lines(parse.file), start=1):
+    for number, line in enumerate(text_lines(parse.file, parse.tell), start=1):
         where = f"{parse.file.name}, line {number}"
         if line.strip():
             try:
@@ -230,7 +230,7 @@ def rows(objects: Iterator[tuple[str, Any]], parse: Parse) -> Iterator[Row]:
 def table(parse: Parse) -> Iterator[Row]:
     """A table with a header, `image,caption[,image_id][,split]`, split at commas, or at tabs in a .tsv file."""
     tabs = parse.file.suffix.lower() == ".tsv"
-    lines = csv.reader(text_lines(parse.file), delimiter="\t" if tabs else ",", strict=True)
+    lines = csv.reader(text_lines(parse.file, parse.tell), delimiter="\t" if tabs else ",", strict=True)
     header: list[str] | None = None
     while True:
         where = f"{parse.file.name}, line {lines.line_num + 1}"  # a row may span lines: its first one is said
@@ -299,7 +299,7 @@ def folder(parse: Parse) -> Iterator[Row]:
                 parse.tell.skip("no caption", path, "the picture has no .txt of the same name beside it")
                 continue
             where = os.path.join(os.path.dirname(path), text)
-            lines = [line.strip() for line in text_lines(Path(top, text))]
+            lines = [line.strip() for line in text_lines(Path(top, text), parse.tell)]
             captions = [line for line in lines if line] or parse.caption("", where)
             if captions and parse.takes(None, where):
                 yield Row((path,), captions, path, where)

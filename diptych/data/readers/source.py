@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diptych.data.readers.faults import listed
+from diptych.data.readers.faults import Listener, listed
 from diptych.errors import UserError, nearest
 
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
@@ -72,14 +72,16 @@ def _neighbour(path: Path) -> str:
     return nearest(path.name, sorted(entry.name for entry in path.parent.iterdir())) or ": check the path"
 
 
-def text_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark, their ends kept. Raises UserError by line."""
+def text_lines(file: Path, tell: Listener) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark, their ends kept. One in another encoding is a fault
+    and comes as a blank line, so that those after it keep their numbers."""
     with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise _not_utf8(file, number, error) from None
+                tell.fault("not UTF-8", f"{file}, line {number}", _not_utf8(error))
+                yield "\n"
 
 
 def load_json(file: Path) -> Any:
@@ -92,7 +94,8 @@ def load_json(file: Path) -> Any:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, raw[: error.start].count(b"\n") + 1, error) from None
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {line}: {_not_utf8(error)}") from None
     if not text.strip():
         raise UserError(f"{file} is empty")
     try:
@@ -112,6 +115,5 @@ def _opened(file: Path):
         raise UserError(f"{file} cannot be opened: {error.strerror}") from None
 
 
-def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> UserError:
-    byte = f"0x{error.object[error.start]:02x}"
-    return UserError(f"{file}, line {line}: byte {byte} is not UTF-8: save the file as UTF-8")
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"

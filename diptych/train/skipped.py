@@ -1,0 +1,47 @@
+"""What a run goes on without (`data.on_bad=skip`): each row and picture that can't be used, named once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from diptych.data.pairs import PairBatch
+from diptych.data.readers.faults import Fault
+
+
+def read(run: Path) -> list[Fault]:
+    """The faults that a run's folder names."""
+    file = run / "skipped.jsonl"
+    if not file.exists():
+        return []
+    return [Fault(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+class Skipped:
+    """Adds faults to `skipped.jsonl` in a run's folder, as they are met, each once."""
+
+    def __init__(self, run: Path):
+        self.file = run / "skipped.jsonl"
+        self.known = dict.fromkeys(read(run))
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        new = [fault for fault in dict.fromkeys(faults) if fault not in self.known]
+        if new:
+            self.known |= dict.fromkeys(new)
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in new)
+
+    def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; what they are without is added."""
+        for batch in batches:
+            self.add(batch.faults)
+            yield batch
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """One line, if there is anything to tell."""
+        if self.known:
+            kinds = Counter(fault.kind for fault in self.known).most_common(3)
+            told = ", ".join(f"{count} {kind}" for kind, count in kinds)
+            say(f"left out, {len(self.known)} in all ({told}{', …' if len(kinds) == 3 else ''}): see {self.file}")
