@@ -28,9 +28,10 @@ def bert_shape(path: str | Path) -> TextConfig:
 def start_from_bert(model: Stage1Model, path: str | Path, words: Tensor | None = None) -> list[str]:
     """Starts a stage-1 model from a BERT as LAVIS does, and says what was taken, left and kept random.
 
-    Taken: word and position embeddings and their norm, the first layers' self-attention and feed-forward, and the LM
-    head where the checkpoint has one. The queries' feed-forwards begin as the text's. Words beyond the BERT's ([DEC])
-    keep the random rows they were built with, as do query tokens, cross-attention and the other heads.
+    Taken: word and position embeddings and their norm, self-attention and feed-forward of all layers or of as many as
+    the model has (`spread`), and the LM head where the checkpoint has one. The queries' feed-forwards begin as the
+    text's. Words beyond the BERT's ([DEC]) keep the random rows they were built with, as do query tokens,
+    cross-attention and the other heads.
     path: a Hugging Face folder or hub id. words: which of the BERT's words the model's first ones are, where its
     vocabulary was trimmed (`Tokenizer.trimmed`). UserError when the sizes don't fit; the model is then as it was.
     """
@@ -43,19 +44,37 @@ def start_from_bert(model: Stage1Model, path: str | Path, words: Tensor | None =
         table = hf.bert(shape)
         found, _ = table.load(table.at_prefix(theirs)[0], str(path))
         found = {f"text.{name}": tensor for name, tensor in found.items()}
-    state, took = model.state_dict(), model.config.qformer.stack.layers
-    beyond = tuple(f"text.stack.blocks.{i}." for i in range(took, shape.stack.layers))
+    state = model.state_dict()
+    ours = {theirs: i for i, theirs in enumerate(spread(model.config.qformer.stack.layers, shape.stack.layers))}
     for name, tensor in found.items():
-        if not name.startswith(("text.embeddings.token_type.", *beyond)):
+        target = _own_name(name, ours)
+        if target is not None:
             by_word = words is not None and name.endswith(PER_WORD)
-            _fill(state[_own_name(name)], tensor[words] if by_word else tensor)
+            _fill(state[target], tensor[words] if by_word else tensor)
     model.qformer.copy_text_feed_forward()
     return _report(model, shape, has_head, str(path), words)
 
 
-def _own_name(name: str) -> str:
-    """Where a stage-1 model keeps what a BERT (`text.`) with its head (`language_head.`) calls `name`."""
-    return name.replace("text.embeddings.norm.", "qformer.norm.").replace("text.", "qformer.", 1)
+def spread(count: int, layers: int) -> list[int]:
+    """Which `count` of a BERT's `layers` a shallower model takes: evenly spread, the last among them.
+
+    Only the last layers bring the text together in its first token, which ITC goes by: after four of MiniLM's six that
+    token is the same for all texts to 0.6 %.
+    """
+    return [(i + 1) * layers // count - 1 for i in range(count)]
+
+
+def _own_name(name: str, blocks: dict[int, int]) -> str | None:
+    """Where a stage-1 model keeps what a BERT (`text.`) with its head (`language_head.`) calls `name`: None for what it
+    has no place for. blocks: the BERT's number of a block → the model's."""
+    if name.startswith("text.embeddings.token_type."):
+        return None
+    name = name.replace("text.embeddings.norm.", "qformer.norm.").replace("text.", "qformer.", 1)
+    before, found, after = name.partition(".blocks.")
+    if not found:
+        return name
+    number, _, rest = after.partition(".")
+    return f"{before}.blocks.{blocks[int(number)]}.{rest}" if int(number) in blocks else None
 
 
 def _fill(rows: Tensor, tensor: Tensor) -> None:
@@ -83,7 +102,8 @@ def _check_sizes(model: Stage1Model, bert: TextConfig, source: str, words: int) 
 def _report(model: Stage1Model, bert: TextConfig, has_head: bool, source: str, words: Tensor | None) -> list[str]:
     qformer = model.config.qformer
     took = qformer.stack.layers
-    layers = f"all {took} layers" if took == bert.stack.layers else f"the first {took} of {bert.stack.layers} layers"
+    chosen = ", ".join(str(i + 1) for i in spread(took, bert.stack.layers))
+    layers = f"all {took} layers" if took == bert.stack.layers else f"layers {chosen} of {bert.stack.layers}"
     lines = [f"Q-Former started from {source}: {layers}"]
     if words is not None:
         lines.append(f"vocabulary trimmed from {bert.vocab} to {qformer.vocab} words, those of the captions")

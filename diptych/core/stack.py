@@ -64,7 +64,8 @@ class Stack(nn.Module):
         if past is not None and past.positions is not None:
             batch = max(positions.shape[0], past.positions.shape[0])
             keys = torch.cat([past.positions.expand(batch, -1), positions.expand(batch, -1)], 1)
-        layout = layout_of(tokens, (memory and memory.lookers) or 0) if self.packs else RECTANGLE
+        lead = 0 if memory is None else memory.lookers or 0
+        layout = layout_of(tokens, lead) if self.packs else RECTANGLE
         x = layout.pack(x)
         first = len(self.blocks) - self.checkpoint_last if self.training else len(self.blocks)
         for i, block in enumerate(self.blocks):

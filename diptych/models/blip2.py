@@ -49,6 +49,7 @@ class Stage1Model(nn.Module):
         self.language_head = LanguageHead(self.qformer.embeddings.word, config.qformer.stack.eps)
         self.temperature = nn.Parameter(torch.tensor([config.temperature]))
         self.apply(_initialise)
+        self.qformer.initialise_cross_attention()
 
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> Memory:
         """Image tokens (P, N, image width) → what every pass over these pictures shares."""

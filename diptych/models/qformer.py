@@ -82,6 +82,17 @@ class QFormer(nn.Module):
         x = self.drop(self.norm(self.words(ids, past.next_position)))
         return self.stack(x, looks, past=past, tokens=mask)
 
+    def initialise_cross_attention(self) -> None:
+        """N(0, 1 / inputs), whatever the widths: attention to pictures begins with scores of unit size.
+
+        LAVIS draws with 0.02, which fits BERT's 768 and EVA's 1408 channels. At 384 and 112 the scores would be nearly
+        0, all pictures alike to the queries, and ITC would see nothing for its first hundred steps.
+        """
+        for block in self.stack.blocks:
+            for module in block.cross.modules() if block.cross is not None else ():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
     @torch.no_grad()
     def copy_text_feed_forward(self) -> None:
         """The queries' feed-forwards start as the text's (how LAVIS initialises from BERT)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.checkpoints import io, lavis, starter
-from diptych.checkpoints.starts import bert_shape, start_from_bert
+from diptych.checkpoints.starts import bert_shape, spread, start_from_bert
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 
@@ -93,13 +93,14 @@ def test_what_is_taken_and_what_stays_random(bert):
         assert torch.equal(now[f"{block}mlp.up.weight"], theirs[f"bert.encoder.layer.{i}.intermediate.dense.weight"])
 
 
-def test_the_first_layers_of_a_deeper_bert(bert):
+def test_a_deeper_bert_gives_layers_spread_over_it_and_its_last(bert):
     _, folder = bert
     model, _ = built(stage1(layers=2))
-    assert start_from_bert(model, folder)[0] == f"Q-Former started from {folder}: the first 2 of 4 layers"
+    assert start_from_bert(model, folder)[0] == f"Q-Former started from {folder}: layers 2, 4 of 4"
     theirs = io.read(folder)
-    ours = model.qformer.stack.blocks[1].attn.q.weight
-    assert torch.equal(ours, theirs["bert.encoder.layer.1.attention.self.query.weight"])
+    for block, number in zip(model.qformer.stack.blocks, (1, 3), strict=True):
+        assert torch.equal(block.attn.q.weight, theirs[f"bert.encoder.layer.{number}.attention.self.query.weight"])
+    assert [spread(n, 6) for n in (1, 3, 4, 6)] == [[5], [1, 3, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
 
 
 def test_a_bare_bert_of_older_names(bert, tmp_path):
@@ -164,7 +165,7 @@ def test_the_starter_text_model():
     shape = bert_shape(folder)
     assert (shape.stack.width, shape.stack.layers, shape.stack.heads) == (384, 6, 12)
     model = Stage1Model(lavis.stage1_config(384, 2, 12, 1536, 4, shape.vocab + 1, 64, image_width=16, embed=8))
-    assert start_from_bert(model, folder)[0].endswith("the first 2 of 6 layers")
+    assert start_from_bert(model, folder)[0].endswith("layers 3, 6 of 6")
     words = io.read(folder)["embeddings.word_embeddings.weight"]
     assert torch.equal(model.qformer.embeddings.word.weight[:-1], words)
 

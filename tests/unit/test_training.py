@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -353,19 +354,25 @@ def test_no_checkpoint_at_all_is_said(tmp_path):
     refused(tmp_path / "none" / "1", program(), "no checkpoint there")
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes: writing fails midway, as it does on a full disk."""
+    """No file may grow beyond 1,000 bytes: writing fails midway, as it does on a full disk.
+
+    No fixture: pytest's own log, where that is a file, may not meet the limit.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(kept, full_disk):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(kept):
     made = program()
     with (
         pytest.raises(UserError, match="can't be written .*too large.*go on from .*00000001 with --resume") as said,
+        full_disk(),
         Checkpoints(kept.parent) as shelf,
     ):
         shelf.save(5, made, optimizer(made, 1e-3, (0.9, 0.98), 0.0), {})
