@@ -210,8 +210,9 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
 
 
 def _settings(about: str) -> Settings:
+    """A run that was not trained here, and whose numbers are the source's: in float32."""
     settings = Settings(about=about)
-    settings.data.val = None
+    settings.data.val, settings.train.precision = None, "float32"
     return settings
 
 
