@@ -22,7 +22,7 @@ demo: .venv/.ok
 	.venv/bin/diptych demo
 
 test: .venv/.ok
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/.ok
 	.venv/bin/python -m ruff check .

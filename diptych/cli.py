@@ -161,10 +161,10 @@ def _scaled(value: float, unit: str) -> str:
 
 @cli.command("eval")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--split", help="train, val or test; default: test, or val where there is none.")
 @click.option("--rerank", type=click.IntRange(min=0), metavar="K", help="Candidates ITM re-ranks; default: the run's.")
 @click.option("--no-report", is_flag=True, help="Write results.json, and no report.html.")
-def evaluate(run: Path, split: str, rerank: int | None, no_report: bool) -> None:
+def evaluate(run: Path, split: str | None, rerank: int | None, no_report: bool) -> None:
     """Evaluate RUN on a held-out split, and write its report.
 
     Retrieval by ITC and re-ranked by ITM, generated captions, and chance beside each figure.
@@ -277,14 +277,12 @@ def check(path: str, images: str | None, split: str | None, workers: int, clean:
     Every row is read and every picture opened. The exit code is 1 when there are faults.
     """
     from diptych.data.check import check, write_clean
+    from diptych.data.readers import splits
 
     if clean is not None:
-        if not clean.endswith(".jsonl"):
-            raise UserError(f"--clean {clean}: give a name that ends in .jsonl")
-        if Path(clean).exists():
-            raise UserError(f"{clean}: a file is there already; give another name")
-    names = [split] if split else _files_by_split(path)
-    faults = 0
+        _check_new(clean)
+    names = [split] if split else ([*splits(path)] or [None]) if clean else _files_by_split(path)
+    faults, sound = 0, {}
     for name in names:
         found = check(path, images=images, split=name, workers=workers)
         if name and len(names) > 1:
@@ -292,12 +290,22 @@ def check(path: str, images: str | None, split: str | None, workers: int, clean:
         for line in found.lines():
             click.echo(line)
         faults += len(found.faults)
-        if clean is not None:
-            write_clean(found.sound, clean, name)
+        sound[name] = found.sound
     if clean is not None:
+        write_clean(sound, clean)
         click.echo(f"\nWhat can be used is in {clean}. Next: diptych train photos data.path={clean} data.images=/")
     if faults:
         raise click.exceptions.Exit(1)
+
+
+def _check_new(file: str) -> None:
+    """Before every picture is opened."""
+    if not file.endswith(".jsonl"):
+        raise UserError(f"--clean {file}: give a name that ends in .jsonl")
+    if Path(file).exists():
+        raise UserError(f"{file}: a file is there already; give another name")
+    if not Path(file).parent.is_dir():
+        raise UserError(f"{file}: there is no folder {Path(file).parent}; make it first")
 
 
 def _files_by_split(path: str) -> list[str | None]:

@@ -23,7 +23,8 @@ class Data(Section):
     lie, when not beside it. train, val, test: names of splits, where it has any; hold_out: without a val split, this
     many training pictures (at most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
     max_tokens: of a caption.
-    cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "none" at every step.
+    cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "disk" keeps that for
+    other runs too, in cache_folder, and maps it into memory; "none" encodes at every step.
     on_bad: "stop" at the first row or picture that can't be used, or "skip" it, which skipped.jsonl then lists.
     """
 
@@ -36,7 +37,8 @@ class Data(Section):
     limit: int | None = Field(None, gt=0)
     captions: Literal["one", "all"] = "one"
     max_tokens: int = Field(32, gt=2)
-    cache: Literal["memory", "none"] = "memory"
+    cache: Literal["memory", "disk", "none"] = "memory"
+    cache_folder: str = "runs/features"
     on_bad: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0)
 
@@ -160,8 +162,9 @@ class Settings(Section):
     def _possible(self) -> Settings:
         if not (self.objectives.itc or self.objectives.itm or self.objectives.lm):
             raise ValueError("objectives: itc, itm and lm are all 0, so nothing would be learned")
-        if self.data.cache == "memory" and not self.image_encoder.frozen:
-            raise ValueError("data.cache=memory needs image_encoder.frozen=true; set data.cache=none to train it")
+        if self.data.cache != "none" and not self.image_encoder.frozen:
+            wanted = f"data.cache={self.data.cache} needs image_encoder.frozen=true"
+            raise ValueError(f"{wanted}; set data.cache=none to train it")
         return self
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.golden import golden_case, shared_folder
 
@@ -21,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Of small tensors one thread makes more than two; and several pytest workers, and their children, share the cores.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
@@ -31,15 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
     for_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if for_gpu and not _has_gpu():
+    if for_gpu and not torch.cuda.is_available():
         for item in for_gpu:
             item.add_marker(pytest.mark.skip(reason="gpu: this machine has no CUDA device"))
-
-
-def _has_gpu() -> bool:
-    import torch  # late: most runs collect no test that asks
-
-    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")

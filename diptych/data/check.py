@@ -7,7 +7,7 @@ import statistics
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -143,13 +143,21 @@ def check(
     )
 
 
-def write_clean(records: Sequence[Record], file: str | Path, split: str | None = None) -> None:
-    """Writes records as JSON lines that `readers.read` takes, pictures by their absolute paths. split: adds to the file
-    the rows of this one."""
-    with open(file, "a" if split else "w", encoding="utf-8") as lines:
-        for record in records:
-            row = {"image": record.image, "captions": record.captions, "image_id": record.image_id}
-            lines.write(json.dumps(row | ({"split": split} if split else {}), ensure_ascii=False) + "\n")
+def write_clean(records: Mapping[str | None, Sequence[Record]], file: str | Path) -> None:
+    """Writes records as JSON lines that `readers.read` takes, pictures by their absolute paths. records: by split, None
+    where there is none. UserError where the file can't be written; none is then there."""
+    aside = Path(f"{file}.writing")
+    try:
+        with aside.open("w", encoding="utf-8") as lines:
+            for split, chosen in records.items():
+                for record in chosen:
+                    row = {"image": record.image, "captions": record.captions, "image_id": record.image_id}
+                    lines.write(json.dumps(row | ({"split": split} if split else {}), ensure_ascii=False) + "\n")
+        aside.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"{file}: can't be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""A frozen encoder's features of every picture, made once and kept in memory.
+"""A frozen encoder's features of every picture, made once.
 
 n pictures, N image tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,52 +17,65 @@ from diptych.data.readers.faults import Fault
 
 
 class Encoded(NamedTuple):
-    """tokens (n, N, D) bfloat16 of the records at places `kept`; faults: of the others' pictures."""
+    """tokens (n, N, D) bfloat16 of the records at places `kept`; faults: of the others' pictures.
+
+    bfloat16 keeps float32's range in half the memory; its 8 bits of precision are what mixed-precision training would
+    see anyway.
+    """
 
     tokens: Tensor
     kept: list[int]
     faults: list[Fault]
 
 
-class _Each(Dataset):
-    def __init__(self, files: Files):
-        self.files = files
+class _Some(Dataset):
+    """Places → the records' pictures, each with its place."""
+
+    def __init__(self, files: Files, places: Sequence[int]):
+        self.files, self.places = files, places
 
     def __len__(self) -> int:
-        return len(self.files.records)
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> Tensor | Fault:
-        return self.files.one(index)
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Fault]:
+        place = self.places[index]
+        return place, self.files.one(place)
 
 
 @torch.no_grad()
 def encode(
     encoder: nn.Module,
     files: Files,
+    places: Sequence[int],
     batch: int = 32,
     workers: int = 0,
     done: Callable[[int], None] = lambda pictures: None,
-) -> Encoded:
-    """Image tokens of every record's picture, in order. `done` hears how many have been looked at.
+) -> Iterator[Encoded]:
+    """Image tokens of the pictures of the records at `places`, a batch at a time, in order. `done` hears how many have
+    been looked at."""
+    device, looked = next(encoder.parameters()).device, 0
+    with plain_errors():
+        for found in DataLoader(_Some(files, places), batch_size=batch, num_workers=workers, collate_fn=list):
+            faults = [fault for _, fault in found if isinstance(fault, Fault)]
+            sound = [(place, pixels) for place, pixels in found if isinstance(pixels, Tensor)]
+            tokens = torch.empty(0, dtype=torch.bfloat16)
+            if sound:
+                pixels = torch.stack([pixels for _, pixels in sound])
+                tokens = encoder(pixels.to(device)).tokens.to("cpu", torch.bfloat16)
+            yield Encoded(tokens, [place for place, _ in sound], faults)
+            looked += len(found)
+            done(looked)
 
-    bfloat16 keeps float32's range in half the memory; its 8 bits of precision are what mixed-precision training would
-    see anyway.
-    """
-    device = next(encoder.parameters()).device
-    table, ready, looked = torch.empty(0), 0, 0
+
+def in_memory(parts: Iterable[Encoded], room: int) -> Encoded:
+    """The parts as one. room: how many pictures there can be."""
+    table = torch.empty(0)
     kept: list[int] = []
     faults: list[Fault] = []
-    with plain_errors():
-        for found in DataLoader(_Each(files), batch_size=batch, num_workers=workers, collate_fn=list):
-            faults += [fault for fault in found if isinstance(fault, Fault)]
-            sound = [(looked + i, pixels) for i, pixels in enumerate(found) if isinstance(pixels, Tensor)]
-            looked += len(found)
-            if sound:
-                tokens = encoder(torch.stack([pixels for _, pixels in sound]).to(device)).tokens
-                if not ready:
-                    table = torch.empty((len(files.records), *tokens.shape[1:]), dtype=torch.bfloat16)
-                table[ready : ready + len(tokens)] = tokens.to("cpu", torch.bfloat16)
-                ready += len(tokens)
-                kept += [place for place, _ in sound]
-            done(looked)
-    return Encoded(table[:ready], kept, faults)
+    for part in parts:
+        if part.kept and not kept:
+            table = part.tokens.new_empty((room, *part.tokens.shape[1:]))
+        table[len(kept) : len(kept) + len(part.kept)] = part.tokens
+        kept += part.kept
+        faults += part.faults
+    return Encoded(table[: len(kept)], kept, faults)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diptych.data.cache import Table
 from diptych.data.pictures import BadPicture, open_picture
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -88,9 +89,9 @@ class Files:
 
 
 class Features:
-    """Image tokens (n, N, D) made once by a frozen encoder, one row a record."""
+    """Image tokens (n, N, D) made once by a frozen encoder, one row a record: in memory, or a mapped table."""
 
-    def __init__(self, tokens: Tensor):
+    def __init__(self, tokens: Tensor | Table):
         self.tokens = tokens
 
     def rows(self, indices: Sequence[int]) -> Rows:

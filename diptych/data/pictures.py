@@ -47,10 +47,22 @@ def decode(path: str | Path, where: str = "") -> Image.Image:
         raise BadPicture("picture too large", path, where, f"is too large: {error}") from None
     except UnidentifiedImageError:
         raise BadPicture("not a picture", path, where, "is not a picture that Pillow knows") from None
+    except PermissionError:
+        raise BadPicture("picture not ours to read", path, where, "may not be read: permission denied") from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the machine's, not the picture's: too many open files, a disk that fails
+            raise UserError(f"{where}: picture {str(path)!r} can't be read: {error.strerror}") from None
+        raise _broken(error, path, where) from None
     except Exception as error:  # noqa: BLE001 - Pillow raises almost anything on a broken file: struct, zlib, syntax …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        kind = "truncated picture" if "truncated" in reason.lower() else "broken picture"
-        raise BadPicture(kind, path, where, f"does not decode: {reason}") from None
+        raise _broken(error, path, where) from None
+
+
+def _broken(error: Exception, path: str | Path, where: str) -> BadPicture:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    kind = "truncated picture" if "truncated" in reason.lower() else "broken picture"
+    return BadPicture(kind, path, where, f"does not decode: {reason}")
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
-from diptych.data.pictures import open_picture
+from diptych.data.pictures import as_rgb, open_picture
 from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.generate import Search, generate
@@ -58,8 +58,9 @@ class PictureText:
     def image_tokens(self, pictures: Sequence[Picture], batch: int = 32) -> Iterator[ImageTokens]:
         """The image encoder's tokens, `batch` pictures at a time."""
         for start in range(0, len(pictures), batch):
-            opened = [p if isinstance(p, Image.Image) else open_picture(p) for p in pictures[start : start + batch]]
-            pixels = torch.stack([self.transform(p.convert("RGB")) for p in opened])
+            chosen = pictures[start : start + batch]
+            opened = [as_rgb(p) if isinstance(p, Image.Image) else open_picture(p) for p in chosen]
+            pixels = torch.stack([self.transform(picture) for picture in opened])
             yield self.image_encoder(pixels.to(self.device))
 
     def embed_images(self, pictures: Sequence[Picture], batch: int = 32) -> Tensor:

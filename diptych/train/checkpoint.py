@@ -104,7 +104,7 @@ class Checkpoints:
         self.wait()
         files = {"model.safetensors": trained_state(program)}
         if optimizer is not None:
-            files["training.safetensors"] = _moments(program, optimizer) | _generators()
+            files["training.safetensors"] = _moments(program, optimizer) | generators()
         frozen = frozen_fingerprints(program) if frozen is None else frozen
         record = {"version": VERSION, "step": step, "frozen": frozen, **state}
         self._writing = self._thread.submit(self._write, step, files, record)
@@ -132,17 +132,21 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"{target}: the checkpoint can't be written ({error}); {self._last_good()}") from None
-        for old in (*self.newest_first()[self.keep :], *self.folder.glob("*.writing")):
+        later = [other for other in self.newest_first() if int(other.name) > step]  # of a life that was given up
+        for old in (*later, *self.newest_first()[len(later) + self.keep :], *self.folder.glob("*.writing")):
             shutil.rmtree(old, ignore_errors=True)
 
     def _last_good(self) -> str:
         kept = self.newest_first()
         return f"the run can go on from {kept[0]} with --resume" if kept else "there is none before it"
 
-    def load(self, program: nn.Module, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
+    def load(
+        self, program: nn.Module, say: Callable[[str], None] = print, training: bool = False
+    ) -> tuple[Path, dict[str, Any]]:
         """Fills `program` from the newest checkpoint that can be read; gives its folder and state.
 
-        One that is damaged is passed over aloud; one of another model is refused.
+        One that is damaged is passed over aloud; one of another model is refused. training: the optimizer's moments
+        must be readable too.
         """
         found = self.newest_first()
         if not found:
@@ -150,7 +154,7 @@ class Checkpoints:
         damaged: list[Damaged] = []
         for folder in found:
             try:
-                state = load_model(folder, program)
+                state = load_model(folder, program, training)
                 for error in damaged:
                     say(f"warning: {error}; {folder.name} is used, which is older")
                 return folder, state
@@ -163,12 +167,13 @@ class Damaged(UserError):
     """A checkpoint's file is cut or missing."""
 
 
-def load_model(folder: Path, program: nn.Module) -> dict[str, Any]:
-    """Fills `program` with a checkpoint's weights and gives its state. Strict: names, shapes, frozen parts' bits."""
+def load_model(folder: Path, program: nn.Module, training: bool = False) -> dict[str, Any]:
+    """Fills `program` with a checkpoint's weights and gives its state. Strict: names, shapes, frozen parts' bits.
+    training: Damaged, too, where the optimizer's moments can't be read."""
     try:
         kept = load_file(folder / "model.safetensors")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if (folder / "training.safetensors").exists():
+        if training:
             load_file(folder / "training.safetensors")
     except (SafetensorError, ValueError, OSError) as error:
         raise Damaged(f"{folder}: the checkpoint can't be read ({error})") from None
@@ -203,22 +208,19 @@ def load_training(folder: Path, program: nn.Module, optimizer: torch.optim.Optim
         kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{file}: the optimizer's moments can't be read ({error})") from None
-    for name, tensor in list(kept.items()):
-        if name.startswith("generator."):
-            device = name.removeprefix("generator.")
-            if device == "cpu":
-                torch.set_rng_state(tensor)
-            elif torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensor)
-            del kept[name]
-    wanted = _moments(program, optimizer)
-    for name in sorted(wanted.keys() ^ kept.keys()):
+    set_generators({name: kept.pop(name) for name in list(kept) if name.startswith("generator.")})
+    moved = {name.partition("/")[2] for name in kept}
+    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)  # gives every parameter moments
+    wanted = {f"{kind}/{name}" for name in moved & state["state"].keys() for kind in state["state"][name]}
+    for name in sorted(wanted ^ kept.keys()):
         raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this optimizer'}")
-    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)
     for name, tensor in kept.items():
         kind, _, parameter = name.partition("/")
         state["state"][parameter][kind] = tensor
     set_optimizer_state_dict(program, optimizer, state, options=WHOLE)
+    for name, parameter in program.named_parameters():
+        if name not in moved:  # one that never had a gradient, as the head of an objective that is off
+            optimizer.state.pop(parameter, None)
 
 
 def _moments(program: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -227,10 +229,17 @@ def _moments(program: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {f"{kind}/{name}": t.clone() for name, kept in state["state"].items() for kind, t in kept.items()}
 
 
-def _generators() -> dict[str, Tensor]:
+def generators() -> dict[str, Tensor]:
     """The state of torch's random numbers, which dropout draws."""
     states = {"generator.cpu": torch.get_rng_state()}
     return states | ({"generator.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_generators(states: dict[str, Tensor]) -> None:
+    """Takes torch's random numbers back to what `generators` gave; a GPU's are left where there is none."""
+    torch.set_rng_state(states["generator.cpu"])
+    if "generator.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["generator.cuda"])
 
 
 def _frozen(program: nn.Module) -> list[tuple[str, nn.Module]]:

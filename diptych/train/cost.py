@@ -84,7 +84,7 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
     if built is None:
         texts = [text for record in records or () for text in record.captions]
         built = build(settings, initialise=False, encoder=_weightless(settings.image_encoder), texts=texts)
-    program, is_kept = built.program, settings.data.cache == "memory"
+    program, is_kept = built.program, settings.data.cache != "none"
     batch = settings.train.batch
     if records:
         rows = len(records) if settings.data.captions == "one" else sum(len(r.captions) for r in records)
@@ -96,7 +96,7 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
     memory = state_memory(program) | {"activations": activations}
     if not is_kept:
         memory["activations"] += kept * batch
-    if is_kept and records:
+    if settings.data.cache == "memory" and records:
         memory["features"] = features_bytes(len(records), *seen)
     name = str(dtype).removeprefix("torch.")
     return Cost(batch, tokens, seen, is_kept, name, parameters(program), image, flops, memory)

@@ -85,7 +85,7 @@ def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watc
     chosen, folder = run.settings.evaluation, run.settings.data.path
     records = records[: chosen.limit]
     records, tokens = features.encoded(
-        run.settings.data, run.model.image_encoder, records, watch, "held-out pictures", faults
+        run.settings, run.model.image_encoder, records, watch, "held-out pictures", faults
     )
     gallery = Gallery.of(records, tokens)
     scores = galleries.similarities(run.model, gallery)

@@ -7,9 +7,11 @@ runs/NAME/failed/
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,18 +19,41 @@ from diptych.train.checkpoint import trained_state
 from diptych.train.loop import Failure
 
 FAILED = "failed"
+KEPT = 3
 
 
 def keep(run: Path, failure: Failure) -> str:
-    """Writes what is needed to run a failed step again, and says how. The weights are those before the step."""
-    number, batch = failure.step.number, failure.batch
-    folder = run / FAILED / f"{number:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors | {"generator": failure.generator}, folder / "batch.safetensors")
-    save_file(trained_state(failure.program), folder / "model.safetensors")
-    losses = {name: str(value) for name, value in failure.step.losses.items()}
-    state = {"step": batch.step, "first_row": batch.first_row, "reason": failure.step.skipped, "losses": losses}
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    """Writes what is needed to run a failed step again, and says how. The weights are those before the step.
+
+    The newest `KEPT` stay. Where the disk takes it not, that is said: the run goes on.
+    """
+    target = run / FAILED / f"{failure.step.number:08d}"
+    aside = target.with_suffix(".writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside, failure)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.replace(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        return f"the step can't be kept ({error})"
+    for old in sorted(f for f in target.parent.iterdir() if f.name.isdecimal())[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
     return f"see `diptych replay {run}`"
+
+
+def _write(folder: Path, failure: Failure) -> None:
+    batch = failure.batch
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors | failure.generators, folder / "batch.safetensors")
+    save_file(trained_state(failure.program), folder / "model.safetensors")
+    state = {
+        "step": batch.step,
+        "first_row": batch.first_row,
+        "precision": str(failure.precision).removeprefix("torch."),
+        "reason": failure.step.skipped,
+        "losses": {name: str(value) for name, value in failure.step.losses.items()},
+    }
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -2,39 +2,107 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from diptych.config import Data
-from diptych.data import features
+from diptych.config import Encoder, Settings
+from diptych.data import cache, features
+from diptych.data.cache import FeatureCache, Table
 from diptych.data.pairs import Features, Files, Pictures
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.data.transforms import transform
 from diptych.errors import UserError
+from diptych.train.checkpoint import fingerprint
 from diptych.train.watch import Watch
 
 
 def pictures(
-    data: Data, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
+    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
 ) -> tuple[Sequence[Record], Pictures]:
-    """Features made now, or files read at each step, as `data` says; and the records that they are of."""
-    if data.cache == "none":
-        return records, Files(records, transform(encoder.spec), data.on_bad == "skip")
-    kept, tokens = encoded(data, encoder, records, watch, "training pictures", faults)
+    """Features made beforehand, or files read at each step, as `data.cache` says; and the records that they are of."""
+    if settings.data.cache == "none":
+        return records, Files(records, transform(encoder.spec), settings.data.on_bad == "skip")
+    kept, tokens = _encoded(settings, encoder, records, watch, "training pictures", faults)
     return kept, Features(tokens)
 
 
 def encoded(
-    data: Data, encoder: nn.Module, records: Sequence[Record], watch: Watch, what: str, faults: list[Fault]
+    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, what: str, faults: list[Fault]
 ) -> tuple[list[Record], Tensor]:
     """The records whose pictures can be used, and their image tokens (n, N, D) by a frozen encoder, with progress told.
     The faults of the others are added to `faults`."""
+    kept, tokens = _encoded(settings, encoder, records, watch, what, faults)
+    return kept, tokens[torch.arange(len(tokens))]
+
+
+def _encoded(
+    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, what: str, faults: list[Fault]
+) -> tuple[list[Record], Tensor | Table]:
+    data = settings.data
     files = Files(records, transform(encoder.spec), data.on_bad == "skip")
-    with watch.progress(f"encoding {what}", len(records)) as done:
-        found = features.encode(encoder, files, workers=data.workers, done=done)
-    faults += found.faults
-    if not found.kept:
+    if data.cache == "disk":
+        kept, found, tokens = _on_disk(settings, encoder, files, watch, what)
+    else:
+        every = range(len(records))
+        with watch.progress(f"encoding {what}", len(records)) as done:
+            parts = features.encode(encoder, files, every, workers=data.workers, done=done)
+            tokens, kept, found = features.in_memory(parts, len(records))
+    faults += found
+    if not kept:
         raise UserError(f"none of {len(records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")
-    return [records[i] for i in found.kept], found.tokens
+    return [records[i] for i in kept], tokens
+
+
+def _on_disk(
+    settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str
+) -> tuple[list[int], list[Fault], Table]:
+    """The places of the records that are of use, the faults of the others, and the tokens. Encodes what the cache has
+    not yet; says how much that is beforehand, and refuses where the disk has no room for it."""
+    folder = Path(settings.data.cache_folder) / key(settings.image_encoder, encoder)
+    kept = FeatureCache(folder, shape(encoder))
+    names = []
+    with watch.progress(f"looking up {what} in {folder}", len(files.records)) as done:
+        for record in files.records:
+            names.append(cache.name(record.image))
+            done(len(names))
+    if any(name not in kept for name in names):
+        with kept.alone():
+            absent = {name or place: place for place, name in enumerate(names) if name not in kept}  # each file once
+            _announce(kept, len(absent), what, watch)
+            with watch.progress(f"encoding {what}", len(absent)) as done:
+                made = features.encode(encoder, files, [*absent.values()], workers=settings.data.workers, done=done)
+                kept.fill((part.tokens, [str(names[place]) for place in part.kept]) for part in made)
+    bad = {place: files.one(place) for place, name in enumerate(names) if name not in kept}
+    sound = [place for place in range(len(names)) if place not in bad]
+    faults = [fault for fault in bad.values() if isinstance(fault, Fault)]
+    return sound, faults, kept.table([str(names[place]) for place in sound])
+
+
+def _announce(kept: FeatureCache, new: int, what: str, watch: Watch) -> None:
+    size, free = new * kept.row_bytes, shutil.disk_usage(kept.folder).free
+    told = f"features of {new} {what} are to be made, {size / 1e9:.2f} GB in {kept.folder}"
+    if size > free:
+        raise UserError(f"{told}, and the disk has {free / 1e9:.2f} GB; make room, or name another data.cache_folder")
+    watch.say(told)
+
+
+def key(chosen: Encoder, encoder: nn.Module) -> str:
+    """A folder's name for an encoder as it stands: what it is, how pictures are prepared for it, its weights' bits."""
+    made = chosen.model_dump_json(exclude={"weights", "frozen"})
+    digest = hashlib.blake2b(f"1 {made} {encoder.spec} {fingerprint(encoder)}".encode(), digest_size=8).hexdigest()
+    plain = "".join(letter if letter.isalnum() else "-" for letter in chosen.name)[-40:]
+    return f"{plain}-{digest}"
+
+
+@torch.no_grad()
+def shape(encoder: nn.Module) -> tuple[int, int]:
+    """(N, D) of an encoder's tokens, from a grey picture."""
+    side = encoder.spec.size
+    some = next(encoder.parameters())
+    return tuple(encoder(some.new_zeros((1, 3, side, side))).tokens.shape[1:])

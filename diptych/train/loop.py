@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diptych.config import Train
 from diptych.errors import UserError
+from diptych.train.checkpoint import generators
 from diptych.train.program import Program
 from diptych.train.schedule import rate
 
@@ -77,7 +78,7 @@ def run(
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        drawn = torch.get_rng_state()
+        drawn, counted = generators(), _counted(program)
         program.before_step()
         with autocast(dtype, device):
             losses = program(batch)
@@ -91,25 +92,42 @@ def run(
         optimizer.zero_grad(set_to_none=True)
         if reason is None:
             program.after_step()
+        else:
+            _take_back(counted)
         values = {name: float(value) for name, value in told.items()}
         step = Step(number, values, lr, float(norm), waited, time.perf_counter() - began, program.vitals(), reason)
         if reason is not None:
             in_a_row += 1
-            look = failed(Failure(step, batch, drawn, program))
+            look = failed(Failure(step, batch, drawn, dtype, program))
             if in_a_row == PATIENCE:
                 where = f"step {number}: {reason}, as in the {PATIENCE - 1} steps before, which were left out"
-                raise UserError(f"{where}; lower train.lr, or set train.precision=float32{look and '; '}{look}")
+                advice = "begin anew, another out=FOLDER, with a lower train.lr or train.precision=float32"
+                raise UserError(f"{where}; {advice}{look and '; '}{look}")
         after(step)
 
 
 @dataclass
 class Failure:
-    """A step that was left out: what was told of it, its batch, torch's random numbers before it, the program."""
+    """A step that was left out: what was told of it, its batch, torch's random numbers before it, in what precision it
+    ran, the program."""
 
     step: Step
     batch: Any
-    generator: Tensor
+    generators: dict[str, Tensor]
+    precision: torch.dtype
     program: Program
+
+
+def _counted(program: Program) -> list[tuple[Tensor, Tensor]]:
+    """What a forward pass changes by itself, as batch norms their statistics, each beside a copy."""
+    training = [module for module in program.modules() if module.training]
+    return [(buffer, buffer.clone()) for module in training for buffer in module.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def _take_back(counted: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in counted:
+        buffer.copy_(before)
 
 
 def _not_finite(losses: dict[str, Tensor], norm: Tensor) -> str | None:

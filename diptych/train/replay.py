@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from diptych.data.pairs import PairBatch
 from diptych.errors import UserError
 from diptych.train import loop
-from diptych.train.checkpoint import fill
+from diptych.train.checkpoint import fill, set_generators
 from diptych.train.failures import FAILED
 from diptych.train.program import Program
-from diptych.train.run import rebuild
+from diptych.train.run import device, rebuild
 
 
 def replay(run: Path, step: int | None = None) -> Iterator[str]:
@@ -30,15 +30,15 @@ def replay(run: Path, step: int | None = None) -> Iterator[str]:
     if folder not in kept:
         raise UserError(f"{run}: no failed step {step}; kept are {', '.join(str(int(f.name)) for f in kept)}")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    settings, built = rebuild(run)
+    _, built = rebuild(run)
     fill(built.program, load_file(folder / "model.safetensors"), folder / "model.safetensors")
-    program = built.program.train()
+    where = device()
+    program = built.program.to(where).train()
     tensors: dict[str, Any] = load_file(folder / "batch.safetensors")
-    torch.set_rng_state(tensors.pop("generator"))
-    batch = PairBatch(**tensors, step=state["step"], first_row=state["first_row"])
+    set_generators({name: tensors.pop(name) for name in list(tensors) if name.startswith("generator.")})
+    batch = PairBatch(**tensors, step=state["step"], first_row=state["first_row"]).to(where)
     yield f"step {state['step']}: {state['reason']}"
-    dtype = loop.precision(settings.train.precision, torch.device("cpu"))
-    with first_not_finite(program) as found, loop.autocast(dtype, torch.device("cpu")):
+    with first_not_finite(program) as found, loop.autocast(getattr(torch, state["precision"]), where):
         losses = program(batch)
     for name, value in losses.items():
         yield f"  {name:<6} {value.item():g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ from diptych.train.skipped import Skipped
 from diptych.train.watch import Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out.
-FREE = ("about", "out", "evaluation.", "data.workers", "train.log_every", "train.save_every", "train.keep")
+FREE = ("about", "out", "evaluation.", "data.workers", "data.cache_folder", "train.log_every", "train.save_every")
+FREE += ("train.keep",)
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
 
 
@@ -58,7 +60,7 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
     moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
     batches = _batches(settings, built, parts["train"], watch, faults)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
-    _begin(out, settings, built)
+    _begin(out, settings, built, _data(parts["train"], batches.records), begun)
     skipped = Skipped(out)
     skipped.add(faults)
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
@@ -89,9 +91,10 @@ def _begun(out: Path, settings: Settings, resume: bool) -> bool:
     if not resume:
         raise UserError(f"{out}: a run is there already; give another out=FOLDER, or go on with it: --resume")
     before, now = (_flat(s.model_dump(mode="json")) for s in (config.load(str(file)), settings))
-    changed = [key for key in now if before[key] != now[key] and not key.startswith(FREE)]
+    keys = [key for key in {**before, **now} if not key.startswith(FREE)]
+    changed = [key for key in keys if before.get(key) != now.get(key)]
     if changed:
-        told = ", ".join(f"{key} was {before[key]} and is now {now[key]}" for key in changed[:3])
+        told = ", ".join(f"{key} was {before.get(key)} and is now {now.get(key)}" for key in changed[:3])
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"{out}: the run was begun with other settings: {told}{more}; give it those")
     return True
@@ -110,7 +113,7 @@ def _go_on(kept: Checkpoints, program: torch.nn.Module, moves: torch.optim.Optim
     if not kept.newest_first():
         watch.say(f"{kept.folder}: no checkpoint yet; the run begins anew")
         return 0
-    folder, state = kept.load(program, watch.say)
+    folder, state = kept.load(program, watch.say, training=True)
     checkpoint.load_training(folder, program, moves)
     watch.say(f"going on from {folder}, after step {state['step']}")
     return state["step"]
@@ -120,7 +123,7 @@ def _batches(
     settings: Settings, built: Built, records: Sequence[Record], watch: Watch, faults: list[Fault]
 ) -> PairSteps:
     return PairSteps(
-        *pictures(settings.data, built.program.image_encoder, records, watch, faults),
+        *pictures(settings, built.program.image_encoder, records, watch, faults),
         built.tokenizer,
         settings.train.batch,
         settings.data.captions,
@@ -193,10 +196,28 @@ def _beside(folder: Path, settings: Settings) -> Settings:
     return settings
 
 
-def _begin(out: Path, settings: Settings, built: Built) -> None:
+def _data(records: Sequence[Record], kept: Sequence[Record]) -> dict[str, Any]:
+    """What tells training sets apart: all captions, which the vocabulary is made of, and the pictures of use."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (records, kept):
+        for record in part:
+            digest.update(json.dumps([record.image_id, record.captions]).encode())
+    return {"pictures": len(kept), "captions": sum(len(r.captions) for r in kept), "digest": digest.hexdigest()}
+
+
+def _begin(out: Path, settings: Settings, built: Built, data: dict[str, Any], begun: bool) -> None:
+    """Makes the run's folder, or sees that a run which goes on has the data that it was begun with."""
     out.mkdir(parents=True, exist_ok=True)
-    built.tokenizer.save(out)
-    (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
+    if begun:
+        before = json.loads((out / "data.json").read_text(encoding="utf-8"))
+        if before != data:
+            was, now = (f"{part['captions']} captions of {part['pictures']} pictures" for part in (before, data))
+            raise UserError(f"{out}: the run was begun with other data: {was}, and there are now {now}"
+                            f"{', some of them others' if was == now else ''}; give it those")  # fmt: skip
+    else:
+        built.tokenizer.save(out)
+        (out / "data.json").write_text(json.dumps(data), encoding="utf-8")
+        (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
     aside = out / "settings.yaml.writing"
     aside.write_text(config.dump(settings), encoding="utf-8")
     aside.replace(out / "settings.yaml")  # last, and at once: a folder that has it is a run

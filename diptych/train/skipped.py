@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from diptych.data.pairs import PairBatch
@@ -16,7 +17,11 @@ def read(run: Path) -> list[Fault]:
     file = run / "skipped.jsonl"
     if not file.exists():
         return []
-    return [Fault(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError):  # a line that was being written when the run was killed
+            found.append(Fault(**json.loads(line)))
+    return found
 
 
 class Skipped:
@@ -30,7 +35,9 @@ class Skipped:
         new = [fault for fault in dict.fromkeys(faults) if fault not in self.known]
         if new:
             self.known |= dict.fromkeys(new)
+            cut = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
             with self.file.open("a", encoding="utf-8") as lines:
+                lines.write("\n" if cut else "")
                 lines.writelines(json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in new)
 
     def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:

@@ -6,9 +6,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,29 +83,37 @@ class Watch:
         """Leaves the rows of steps before `start`; a row that was cut when the run was killed is one of the others."""
         if not file.exists():
             return
-        rows = file.read_text(encoding="utf-8").splitlines()[: self.start]
+        rows = [row for row in file.read_text(encoding="utf-8", errors="replace").splitlines() if self._is_before(row)]
         aside = file.with_name("log.jsonl.writing")
         aside.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
         aside.replace(file)
 
+    def _is_before(self, row: str) -> bool:
+        with suppress(ValueError):
+            return json.loads(row)["step"] < self.start
+        return False
+
     def step(self, step: Step, steps: int, batch: int) -> None:
         """Told after each step: logged whole, shown every so often."""
-        row = {
+        found = {
             "step": step.number,
-            **{name: value if math.isfinite(value) else None for name, value in step.losses.items()},
+            **step.losses,
             "lr": step.lr,
-            "norm": step.norm if math.isfinite(step.norm) else None,
+            "norm": step.norm,
             "samples_per_second": batch / step.seconds,
             "waited": step.waited / step.seconds,
             **step.vitals,
-            **({"skipped": step.skipped} if step.skipped else {}),
         }
+        row: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        if step.skipped:
+            row["skipped"] = step.skipped
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         for name, value in row.items():
             if name != "step" and isinstance(value, float):
                 self.board.add_scalar(name, value, step.number)
-        self.recent = [*self.recent, step][-self.log_every :]
+        if step.skipped is None or not self.recent:
+            self.recent = [*self.recent, step][-self.log_every :]
         line = self._line(step, steps, batch)
         if self.bar is not None:
             self.bar.update(self.task, total=steps, completed=step.number + 1, description=line)

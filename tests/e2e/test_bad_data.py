@@ -28,7 +28,7 @@ def faulty(home) -> Path:
     return folder / "data.jsonl"
 
 
-@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("cache", ["disk", "none"])
 def test_a_run_goes_on_without_what_is_bad_and_names_it(home, faulty, cache):
     data = ("data.path=faulty/data.jsonl", "data.images=/", "data.hold_out=8", f"data.cache={cache}")
     run = home / f"without_{cache}"
@@ -36,7 +36,7 @@ def test_a_run_goes_on_without_what_is_bad_and_names_it(home, faulty, cache):
     made = process(home, "train", "demo", *data, *SMALL, steps, "data.on_bad=skip", f"out={run}")
     assert made.returncode == 0, made.stderr
     assert "left out, " in made.stdout and str(run / "skipped.jsonl") in made.stdout
-    evaluated = process(home, "eval", str(run), "--split", "val")
+    evaluated = process(home, "eval", str(run))
     assert evaluated.returncode == 0, evaluated.stderr
     checked = process(home, "data", "check", "faulty/data.jsonl", "--images", "/")
     assert checked.returncode == 1

@@ -50,7 +50,7 @@ def test_a_key_of_a_recipe_is_checked_like_one_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["train.batch=many", "train.batch=1", "train.lr=fast", "data.cache=disk", "train.betas=0.9", "train=4"]
+    "override", ["train.batch=many", "train.batch=1", "train.lr=fast", "data.cache=tape", "train.betas=0.9", "train=4"]
 )
 def test_a_wrong_value_names_key_and_value(override):
     key, _, value = override.partition("=")

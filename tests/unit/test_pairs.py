@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
-from diptych.data.features import encode
+from diptych.data.features import encode, in_memory
 from diptych.data.pairs import Features, Files, PairBatch, PairSteps, number
 from diptych.data.records import Record
 from diptych.data.transforms import transform
@@ -181,7 +181,7 @@ def test_a_bad_picture_is_named_with_its_row(records, words, tmp_path, kind, wor
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     for read in (
         lambda: list(PairSteps(bad, files, words, 2).read(0, 1, workers)),
-        lambda: encode(tower, files, workers=workers),
+        lambda: list(encode(tower, files, [0, 1], workers=workers)),
     ):
         with pytest.raises(UserError) as said:
             read()
@@ -194,7 +194,8 @@ def test_features_are_what_the_encoder_makes_of_the_files(records, words):
     torch.manual_seed(0)
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     encoder, heard = freeze(tower), []
-    table, places, faults = encode(encoder, Files(records, transform(SPEC)), batch=3, done=heard.append)
+    parts = encode(encoder, Files(records, transform(SPEC)), range(7), batch=3, done=heard.append)
+    table, places, faults = in_memory(parts, 7)
     assert places == list(range(7)) and not faults
     assert table.shape == (7, 5, 8) and table.dtype == torch.bfloat16 and heard == [3, 6, 7]
     live = PairSteps(records, Files(records, transform(SPEC)), words, 3)

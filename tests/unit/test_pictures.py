@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from diptych.data.check import check, write_clean
 from diptych.data.pairs import Files, PairSteps
 from diptych.data.pictures import BadPicture, open_picture
-from diptych.data.readers import read
+from diptych.data.readers import read, splits
 from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec
@@ -170,6 +171,17 @@ def mixed(tmp_path) -> Path:
     return tmp_path / "data.jsonl"
 
 
+def test_what_the_machine_lacks_is_no_fault_of_a_picture(tmp_path):
+    """It stops whoever reads, skipping or not: otherwise sound pictures would be left out."""
+    GOOD["jpeg.jpg"](tmp_path / "jpeg.jpg")
+    for error, raised in ((OSError(24, "Too many open files"), UserError), (MemoryError(), MemoryError)):
+        with patch("PIL.Image.open", side_effect=error), pytest.raises(raised) as said:
+            open_picture(tmp_path / "jpeg.jpg", "row 3")
+        assert not isinstance(said.value, BadPicture)
+    with patch("PIL.Image.open", side_effect=PermissionError(13, "Permission denied")), pytest.raises(BadPicture):
+        open_picture(tmp_path / "jpeg.jpg", "row 3")
+
+
 def test_check_and_training_find_the_same_faults(mixed):
     report = check(mixed, workers=2)
     wanted = Counter({kind: len(rows) for kind, rows in ROWS.items()}) + Counter(kind for _, kind in BAD.values())
@@ -184,10 +196,21 @@ def test_check_and_training_find_the_same_faults(mixed):
 
 def test_a_clean_file_is_proposed(mixed, tmp_path):
     report = check(mixed)
-    write_clean(report.sound, tmp_path / "clean.jsonl")
+    write_clean({None: report.sound}, tmp_path / "clean.jsonl")
     again = check(tmp_path / "clean.jsonl", images="/")
     assert not again.faults and again.pictures == len(GOOD) + len(GREY) + 2  # turned.jpg; plain.png under a second id
     assert [r.captions for r in read(tmp_path / "clean.jsonl", images="/")] == [r.captions for r in report.sound]
+
+
+def test_a_clean_file_keeps_splits(mixed, tmp_path):
+    sound = check(mixed).sound
+    write_clean({"train": sound[:3], "val": sound[3:5]}, tmp_path / "clean.jsonl")
+    assert splits(tmp_path / "clean.jsonl") == ("train", "val")
+    assert [r.captions for r in read(tmp_path / "clean.jsonl", images="/", split="val")] == [
+        r.captions for r in sound[3:5]
+    ]
+    with pytest.raises(UserError, match=r"can't be written"):
+        write_clean({None: sound}, tmp_path / "gone" / "clean.jsonl")
 
 
 def test_steps_leave_bad_pictures_out_and_name_them(mixed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -217,7 +218,7 @@ def saved(folder: Path, made: Stage1, moves: torch.optim.Optimizer, step: int) -
 def opened(folder: Path, made: Stage1) -> torch.optim.Optimizer:
     """`made` filled from the newest checkpoint in `folder`, and its optimizer."""
     said = []
-    kept, _ = Checkpoints(folder / "checkpoints").load(made, said.append)
+    kept, _ = Checkpoints(folder / "checkpoints").load(made, said.append, training=True)
     moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
     checkpoint.load_training(kept, made, moves)
     assert not said
@@ -236,15 +237,17 @@ def test_a_checkpoint_gives_back_outputs_and_moments_to_the_bit(tmp_path):
     assert moments(moves) and alike(moments(new), moments(moves))
 
 
+@pytest.mark.parametrize("off", [None, "itc", "itm", "lm"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_going_on_from_a_checkpoint_is_going_on(tmp_path, frozen):
+def test_going_on_from_a_checkpoint_is_going_on(tmp_path, frozen, off):
     """Three steps, a checkpoint, three more; and six in one go, dropout and all: the same bits."""
-    whole = program(frozen=frozen, dropout=0.3)
+    objectives = Stage1Objectives(**({off: 0.0} if off else {}))  # whose head never has a gradient, nor moments
+    whole = program(objectives, frozen, dropout=0.3)
     last = trained(whole, 6)
-    half = program(frozen=frozen, dropout=0.3)
+    half = program(objectives, frozen, dropout=0.3)
     saved(tmp_path, half, trained(half, 3), 3)
     torch.rand(5)  # whatever else has drawn in the meantime
-    again = program(frozen=frozen, dropout=0.3)
+    again = program(objectives, frozen, dropout=0.3)
     moves = opened(tmp_path, again)
     trained(again, 6, 3, moves)
     assert alike(bits(again), bits(whole)) and alike(moments(moves), moments(last))
@@ -254,15 +257,21 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
     """Training goes on while another thread writes."""
     made = program()
     moves = trained(made)
-    before, kept = bits(made.model), Checkpoints(tmp_path / "checkpoints")
-    with patch.object(checkpoint, "save_file", side_effect=checkpoint.save_file) as writes, kept:
+    before, moved = bits(made.model), {name: tensor.clone() for name, tensor in moments(moves).items()}
+    write, changed = checkpoint.save_file, threading.Event()
+
+    def late(*args) -> None:
+        assert changed.wait(10)
+        write(*args)
+
+    with patch.object(checkpoint, "save_file", late), Checkpoints(tmp_path / "checkpoints") as kept:
         kept.save(3, made, moves, {})
         with torch.no_grad():
-            for parameter in made.model.parameters():
-                parameter.zero_()
-    assert writes.call_count == 2
-    opened(tmp_path, again := program())
-    assert alike(bits(again.model), before)
+            for tensor in (*made.model.parameters(), *moments(moves).values()):
+                tensor.zero_()
+        changed.set()
+    new = opened(tmp_path, again := program())
+    assert alike(bits(again.model), before) and alike(moments(new), moved)
 
 
 def test_a_checkpoint_leaves_frozen_weights_out_and_holds_a_tied_one_once():
@@ -281,6 +290,9 @@ def test_the_newest_checkpoints_stay(tmp_path):
             kept.save(step, made, moves, {})
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"00000010", "00000100"}
     assert kept.load(program())[1]["step"] == 100
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as kept:
+        kept.save(50, made, moves, {})  # by a run that went on from 10, since 100 was damaged
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"00000010", "00000050"}
 
 
 @pytest.fixture
@@ -293,7 +305,7 @@ def refused(folder: Path, made: Stage1, what: str) -> None:
     """In one line that names the checkpoint, with the program as it was."""
     before = bits(made)
     with pytest.raises(UserError, match=what) as said:
-        Checkpoints(folder.parent).load(made)
+        Checkpoints(folder.parent).load(made, training=True)
     assert str(folder.parent) in str(said.value) and "\n" not in str(said.value)
     assert alike(bits(made), before)
 
@@ -330,14 +342,19 @@ def test_a_cut_checkpoint_is_passed_over_aloud_and_refused_where_it_is_the_only_
     made, told = program(), []
     saved(kept.parent.parent, made, trained(made, 2), 2)
     cut_at(kept.parent / "00000002" / name, share)
-    folder, state = Checkpoints(kept.parent).load(program(), told.append)
+    folder, state = Checkpoints(kept.parent).load(program(), told.append, training=True)
     assert folder == kept and state["step"] == 1
     assert len(told) == 1 and "00000002: the checkpoint can't be read" in told[0] and "00000001 is used" in told[0]
     cut_at(kept / name, share)
     refused(kept, program(), "can't be read")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_a_run_is_used_without_its_moments(kept):
+    cut_at(kept / "training.safetensors", None)
+    assert Checkpoints(kept.parent).load(program())[0] == kept
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json"])
 def test_a_checkpoint_without_a_file_is_refused(kept, name):
     cut_at(kept / name, None)
     refused(kept, program(), "can't be read")
