@@ -176,6 +176,22 @@ def evaluate(run: Path, split: str | None, rerank: int | None, no_report: bool) 
 
 
 @cli.command()
+@click.argument("before", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("after", type=click.Path(path_type=Path), metavar="RUN")
+def compare(before: Path, after: Path) -> None:
+    """Set two evaluated runs side by side.
+
+    Recall with a paired interval of the difference, and the pictures that changed.
+    """
+    _check_run(before)
+    _check_run(after)
+    from diptych.evaluate.compare import compare
+
+    for line in compare(before, after):
+        click.echo(line)
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...")
 @click.option("--beams", type=click.IntRange(min=1), help="1 is greedy; default: the run's.")

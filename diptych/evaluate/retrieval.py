@@ -159,18 +159,31 @@ def interval(
     together, and drawing them apart would make the interval too narrow. Where every query hit, or none did, the
     interval has no width: that says only that the sample holds no other case.
     """
-    values = _numbers(ranks)
+    return _bootstrap(_numbers(ranks) < k, draws, seed, pictures)
+
+
+def difference(
+    before: Sequence[int], after: Sequence[int], k: int, draws: int = 1000, seed: int = 0, pictures: Ids | None = None
+) -> tuple[float, float]:
+    """95 % bootstrap interval (low, high) of by how much recall@k rose from the ranks `before` to those `after`, of the
+    same queries. Each query is set against itself, so that pictures which are hard for both widen nothing. Otherwise
+    as `interval`."""
+    rose = (_numbers(after) < k).astype(float) - (_numbers(before) < k)
+    return _bootstrap(rose, draws, seed, pictures)
+
+
+def _bootstrap(values: np.ndarray, draws: int, seed: int, pictures: Ids | None) -> tuple[float, float]:
+    """95 % interval of the mean of `values`, one a query, drawing pictures with replacement."""
     group = np.arange(len(values)) if pictures is None else _codes(pictures, pictures)[0].numpy()
     if len(group) != len(values):
         raise UserError(f"interval: {len(values)} ranks but {len(group)} picture ids; give one id for each rank")
-    size = np.bincount(group).astype(float)
-    hits = np.bincount(group, weights=values < k)
+    size, total = np.bincount(group).astype(float), np.bincount(group, weights=values)
     generator = np.random.default_rng(seed)
-    recalls = np.empty(draws)
+    means = np.empty(draws)
     for draw in range(draws):
         chosen = generator.integers(len(size), size=len(size))
-        recalls[draw] = hits[chosen].sum() / size[chosen].sum()
-    low, high = np.percentile(recalls, (2.5, 97.5))
+        means[draw] = total[chosen].sum() / size[chosen].sum()
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -246,7 +259,8 @@ def retrieval(
     protocol: by default that of the ids, ranked by ITC; it must be given for re-ranked scores.
 
     Returns {"image_to_text": recall(…), "text_to_image": recall(…), "protocol": str, "counts": {"pictures", "texts"},
-    "chance": {direction: recall keys}, "interval": {direction: {"r@k": (low, high)}}, "ceiling": as chance or absent}.
+    "chance": {direction: recall keys}, "interval": {direction: {"r@k": (low, high)}}, "ranks": {direction: a rank each
+    query, from 0}, "ceiling": as chance or absent}.
     """
     if isinstance(similarity, Reranked) and protocol is None:
         raise UserError(
@@ -259,10 +273,12 @@ def retrieval(
         "counts": {"pictures": len(image_ids), "texts": len(text_image_ids)},
         "chance": {},
         "interval": {},
+        "ranks": {},
     }
     for scores, (direction, (rows, columns)) in zip(both, directions.items(), strict=True):
         found = ranks(scores, columns, rows)
         result[direction] = recall(found)
+        result["ranks"][direction] = found.tolist()
         result["chance"][direction] = chance(columns, rows)
         result["interval"][direction] = {f"r@{k}": interval(found, k, draws, 0, rows) for k in KS} if draws else {}
     if texts is not None:

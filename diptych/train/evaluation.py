@@ -70,7 +70,9 @@ def evaluate(
     for title, rows in found.tables.items():
         for line in ["", title, *table_lines(rows)]:
             say(line)
+    asked = [{"image": r.image, "image_id": r.image_id, "captions": r.captions} for r in found.gallery.records]
     record = {"split": split, "retrieval": found.results, "tables": found.tables, "captions": found.said}
+    record["pictures"] = asked
     (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     if report:
         left_out = dict.fromkeys([*skipped.read(run.folder), *faults])

@@ -95,6 +95,7 @@ def test_eval_writes_results_and_report(call, home):
     results = json.loads((home / "run" / "results.json").read_text())
     assert results["split"] == "val" and len(results["retrieval"]) == 1
     assert not (home / "run" / "report.html").exists()
+    assert "B − A" in right(call("compare", "run", "run"))
     assert "no split 'tset'" in mistake(call("eval", "run", "--split", "tset"))
 
 
