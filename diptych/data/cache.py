@@ -5,10 +5,9 @@ n pictures, N image tokens, D width.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -20,14 +19,18 @@ from diptych.errors import UserError
 
 SHARD = 2**30  # bytes of tokens after which the next shard is begun
 FLUSH = 256  # pictures that a power cut may cost
+LINE = 33  # bytes of a name and its line's end
 
 
 def name(path: str | Path) -> str | None:
-    """32 hexadecimal digits of a file's bytes; None where it can't be read."""
+    """32 hexadecimal digits of a file's bytes; None where there is no such file, or it may not be read. UserError where
+    the machine can't."""
     try:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         return None
+    except OSError as error:
+        raise UserError(f"picture {str(path)!r} can't be read: {error.strerror}") from None
 
 
 class Table:
@@ -62,7 +65,7 @@ class FeatureCache:
         self.folder, self.shape = folder, tuple(shape)
         self.row_bytes = 2 * shape[0] * shape[1]
         self._found: dict[str, tuple[int, int]] = {}
-        self._rows: list[int] = []
+        self._shards: list[tuple[Path, int]] = []
         self.look()
 
     def __contains__(self, name: str | None) -> bool:
@@ -70,19 +73,32 @@ class FeatureCache:
 
     def look(self) -> None:
         """Finds what is there."""
-        self._found, self._rows = {}, []
+        self._found, self._shards = {}, []
         for shard, file in enumerate(sorted(self.folder.glob("*.names"))):
-            whole = min(_size(file) // 33, _size(file.with_suffix(".tokens")) // self.row_bytes)
-            names = file.read_text(encoding="ascii", errors="replace").split("\n")[:whole]
-            self._found |= {known: (shard, row) for row, known in enumerate(names)}
-            self._rows.append(whole)
+            listed, tokens = file.read_bytes(), file.with_suffix(".tokens")
+            whole = min(len(listed) // LINE, _size(tokens) // self.row_bytes)
+            for row in range(whole):  # by place: a damaged line moves no other
+                self._found[listed[row * LINE : (row + 1) * LINE - 1].decode("ascii", "replace")] = (shard, row)
+            self._shards.append((tokens, whole))
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits until no other process is writing, and finds what it wrote."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def alone(self, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+        """Waits, and says so, until no other process is writing, and finds what it wrote. UserError where nothing can
+        be written."""
+        import fcntl  # late: there is none on Windows, where the rest works
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{self.folder}: another run is writing features there; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            told = f"{self.folder}: features can't be kept there ({error.strerror})"
+            raise UserError(f"{told}; name another data.cache_folder") from None
+        with lock:
             self.look()
             yield
 
@@ -97,15 +113,18 @@ class FeatureCache:
             self.look()
 
     def _write(self, parts: Iterator[tuple[Tensor, Sequence[str]]]) -> None:
-        shard = _Shard(self.folder, self._next())
+        shard = None
         try:
             for tokens, names in parts:
-                if shard.size + tokens.numel() * 2 > SHARD and shard.size:
+                if shard is not None and shard.size + tokens.numel() * 2 > SHARD:
                     shard.close()
-                    shard = _Shard(self.folder, self._next())
-                shard.add(tokens, names)
+                    shard = None
+                if names:
+                    shard = shard or _Shard(self.folder, self._next())
+                    shard.add(tokens, names)
         finally:
-            shard.close()
+            if shard is not None:
+                shard.close()
 
     def _next(self) -> int:
         taken = [int(file.stem) for file in self.folder.glob("*.tokens")]
@@ -113,16 +132,15 @@ class FeatureCache:
 
     def table(self, names: Sequence[str]) -> Table:
         """The rows of `names`, all of which are there."""
-        files = sorted(self.folder.glob("*.names"))
-        shards = [self._mapped(*shard) for shard in zip(files, self._rows, strict=True)]
+        shards = [self._mapped(*shard) for shard in self._shards]
         return Table(shards, torch.tensor([self._found[known] for known in names]).reshape(-1, 2))
 
-    def _mapped(self, names: Path, rows: int) -> Tensor:
+    def _mapped(self, file: Path, rows: int) -> Tensor:
         shape = (rows, *self.shape)
         if not rows:
             return torch.empty(shape, dtype=torch.bfloat16)
-        tokens, count = str(names.with_suffix(".tokens")), rows * self.row_bytes // 2
-        return torch.from_file(tokens, shared=False, size=count, dtype=torch.bfloat16).view(shape)
+        count = rows * self.row_bytes // 2
+        return torch.from_file(str(file), shared=False, size=count, dtype=torch.bfloat16).view(shape)
 
 
 class _Shard:
@@ -141,11 +159,11 @@ class _Shard:
             self.flush()
 
     def flush(self) -> None:
-        """Tokens first: a name promises them."""
+        """Tokens first: a name promises them. Never tried twice, for a second try would move the rows after it."""
+        waiting, self.waiting = self.waiting, []
         _flush(self.tokens)
-        self.names.writelines(f"{known}\n" for known in self.waiting)
+        self.names.write("".join(f"{known}\n" for known in waiting))
         _flush(self.names)
-        self.waiting = []
 
     def close(self) -> None:
         try:

@@ -73,9 +73,10 @@ def in_memory(parts: Iterable[Encoded], room: int) -> Encoded:
     kept: list[int] = []
     faults: list[Fault] = []
     for part in parts:
-        if part.kept and not kept:
-            table = part.tokens.new_empty((room, *part.tokens.shape[1:]))
-        table[len(kept) : len(kept) + len(part.kept)] = part.tokens
+        if part.kept:
+            if not kept:
+                table = part.tokens.new_empty((room, *part.tokens.shape[1:]))
+            table[len(kept) : len(kept) + len(part.kept)] = part.tokens
         kept += part.kept
         faults += part.faults
     return Encoded(table[: len(kept)], kept, faults)

@@ -9,20 +9,22 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diptych.data.cache import Table
 from diptych.data.pictures import BadPicture, open_picture
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.data.transforms import Transform
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from diptych.data.cache import Table
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from contextlib import suppress
@@ -52,8 +53,10 @@ def decode(path: str | Path, where: str = "") -> Image.Image:
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno is not None:  # the machine's, not the picture's: too many open files, a disk that fails
-            raise UserError(f"{where}: picture {str(path)!r} can't be read: {error.strerror}") from None
+        if error.errno not in (None, errno.EINVAL):  # the machine's, as too many open files; EINVAL is a seek too far
+            raise UserError(
+                f"{where + ': ' if where else ''}picture {str(path)!r} can't be read: {error.strerror}"
+            ) from None
         raise _broken(error, path, where) from None
     except Exception as error:  # noqa: BLE001 - Pillow raises almost anything on a broken file: struct, zlib, syntax …
         raise _broken(error, path, where) from None

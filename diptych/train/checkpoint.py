@@ -125,10 +125,10 @@ class Checkpoints:
                 save_file(tensors, aside / name)
             (aside / "state.json").write_text(json.dumps(record), encoding="utf-8")
             for file in (*aside.iterdir(), aside):
-                _flush(file)
+                flush(file)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(aside, target)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"{target}: the checkpoint can't be written ({error}); {self._last_good()}") from None
@@ -247,7 +247,7 @@ def _frozen(program: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in weighs if is_frozen(child)]
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk itself: a rename may reach it before what is renamed."""
     number = os.open(path, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.train.checkpoint import fingerprint
 from diptych.train.watch import Watch
+
+VERSION = 1  # to be raised when `data/transforms.py` or what a tower of ours computes changes
+MAKERS = ("torch", "torchvision", "timm", "transformers", "pillow")
 
 
 def pictures(
@@ -38,7 +42,7 @@ def encoded(
     """The records whose pictures can be used, and their image tokens (n, N, D) by a frozen encoder, with progress told.
     The faults of the others are added to `faults`."""
     kept, tokens = _encoded(settings, encoder, records, watch, what, faults)
-    return kept, tokens[torch.arange(len(tokens))]
+    return kept, tokens if isinstance(tokens, Tensor) else tokens[torch.arange(len(tokens))]
 
 
 def _encoded(
@@ -72,15 +76,20 @@ def _on_disk(
             names.append(cache.name(record.image))
             done(len(names))
     if any(name not in kept for name in names):
-        with kept.alone():
+        with kept.alone(watch.say):
             absent = {name or place: place for place, name in enumerate(names) if name not in kept}  # each file once
             _announce(kept, len(absent), what, watch)
             with watch.progress(f"encoding {what}", len(absent)) as done:
                 made = features.encode(encoder, files, [*absent.values()], workers=settings.data.workers, done=done)
                 kept.fill((part.tokens, [str(names[place]) for place in part.kept]) for part in made)
-    bad = {place: files.one(place) for place, name in enumerate(names) if name not in kept}
-    sound = [place for place in range(len(names)) if place not in bad]
-    faults = [fault for fault in bad.values() if isinstance(fault, Fault)]
+    sound, faults = [], []
+    for place, name in enumerate(names):
+        if name in kept:
+            sound.append(place)
+        elif isinstance(fault := files.one(place), Fault):
+            faults.append(fault)
+        else:
+            raise UserError(f"{files.records[place].image}: changed while it was being read; start again")
     return sound, faults, kept.table([str(names[place]) for place in sound])
 
 
@@ -93,9 +102,11 @@ def _announce(kept: FeatureCache, new: int, what: str, watch: Watch) -> None:
 
 
 def key(chosen: Encoder, encoder: nn.Module) -> str:
-    """A folder's name for an encoder as it stands: what it is, how pictures are prepared for it, its weights' bits."""
+    """A folder's name for an encoder as it stands: what it is, how pictures are prepared for it, its weights' bits, and
+    the libraries that compute it."""
     made = chosen.model_dump_json(exclude={"weights", "frozen"})
-    digest = hashlib.blake2b(f"1 {made} {encoder.spec} {fingerprint(encoder)}".encode(), digest_size=8).hexdigest()
+    what = (VERSION, made, encoder.spec, fingerprint(encoder), *map(version, MAKERS))
+    digest = hashlib.blake2b(str(what).encode(), digest_size=8).hexdigest()
     plain = "".join(letter if letter.isalnum() else "-" for letter in chosen.name)[-40:]
     return f"{plain}-{digest}"
 

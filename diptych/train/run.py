@@ -31,7 +31,8 @@ from diptych.train.schedule import optimizer
 from diptych.train.skipped import Skipped
 from diptych.train.watch import Watch
 
-# What a run that goes on may be given anew: the rest decides which bits come out.
+# What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
+# folder may, too, in their last bits: those of one picture depend on the others of its batch.)
 FREE = ("about", "out", "evaluation.", "data.workers", "data.cache_folder", "train.log_every", "train.save_every")
 FREE += ("train.keep",)
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
@@ -209,7 +210,11 @@ def _begin(out: Path, settings: Settings, built: Built, data: dict[str, Any], be
     """Makes the run's folder, or sees that a run which goes on has the data that it was begun with."""
     out.mkdir(parents=True, exist_ok=True)
     if begun:
-        before = json.loads((out / "data.json").read_text(encoding="utf-8"))
+        try:
+            before = json.loads((out / "data.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            told = "can't be read, so nobody knows whether the data are the same"
+            raise UserError(f"{out / 'data.json'}: {told}; begin anew, another out=FOLDER") from None
         if before != data:
             was, now = (f"{part['captions']} captions of {part['pictures']} pictures" for part in (before, data))
             raise UserError(f"{out}: the run was begun with other data: {was}, and there are now {now}"
@@ -217,6 +222,7 @@ def _begin(out: Path, settings: Settings, built: Built, data: dict[str, Any], be
     else:
         built.tokenizer.save(out)
         (out / "data.json").write_text(json.dumps(data), encoding="utf-8")
+        checkpoint.flush(out / "data.json")
         (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
     aside = out / "settings.yaml.writing"
     aside.write_text(config.dump(settings), encoding="utf-8")

@@ -28,7 +28,7 @@ def faulty(home) -> Path:
     return folder / "data.jsonl"
 
 
-@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("cache", ["disk", "memory"])
 def test_a_run_goes_on_without_what_is_bad_and_names_it(home, faulty, cache):
     data = ("data.path=faulty/data.jsonl", "data.images=/", "data.hold_out=8", f"data.cache={cache}")
     run = home / f"without_{cache}"

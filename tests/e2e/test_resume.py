@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import SMALL, process
 
-STEPS = 12
+STEPS = 40
 RUN = (
     "demo", "data.path=pictures", "data.workers=1", "qformer.layers=1", "qformer.queries=2", "qformer.dropout=0.1",
     "image_encoder.size=32", "train.batch=8", f"train.steps={STEPS}", "train.save_every=2",

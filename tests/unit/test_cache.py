@@ -92,6 +92,44 @@ def test_a_second_writer_waits_and_finds_what_the_first_wrote(tmp_path):
     assert entered.is_set() and NAMES[9] in second
 
 
+def test_a_reader_goes_on_with_what_it_found_while_another_writes(tmp_path):
+    reader = filled(tmp_path)
+    writer = FeatureCache(tmp_path, SHAPE)
+    with writer.alone():
+        writer.fill(iter([(tokens(1), ["f" * 32])]))
+    assert torch.equal(reader.table(NAMES)[torch.arange(10)], tokens())
+
+
+def test_a_write_that_is_interrupted_is_not_tried_again(tmp_path):
+    """Names written twice would give later rows to earlier pictures."""
+    made, flush, calls = FeatureCache(tmp_path, SHAPE), cache._flush, []
+
+    def interrupted(file) -> None:
+        flush(file)
+        calls.append(file)
+        if len(calls) == 2:  # the names have just reached the disk
+            raise KeyboardInterrupt
+
+    parts = zip(tokens().split(4), (NAMES[:4], NAMES[4:8], NAMES[8:]), strict=True)
+    with (
+        patch.object(cache, "FLUSH", 4),
+        patch.object(cache, "_flush", interrupted),
+        made.alone(),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        made.fill(parts)
+    again = FeatureCache(tmp_path, SHAPE)
+    left = [known for known in NAMES if known in again]
+    assert left == NAMES[:4] and torch.equal(again.table(left)[torch.arange(4)], tokens()[:4])
+
+
+def test_a_folder_that_takes_nothing_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    made = FeatureCache(tmp_path / "file" / "features", SHAPE)
+    with pytest.raises(UserError, match="features can't be kept there .*another data.cache_folder"), made.alone():
+        pass
+
+
 # With an encoder.
 
 
@@ -140,7 +178,10 @@ def test_each_picture_is_shown_to_the_encoder_once_and_is_what_memory_would_hold
     kept, found, faults, shown = run(tmp_path, records, encoder)
     assert [r.image_id for r in kept] == [0, 1, 2, 3, 4] and shown == 4  # the copy is known by its bytes
     assert [fault.where for fault in faults] == ["row 5", "row 6"]
+    shards = list(tmp_path.glob("features/*/*.tokens"))
+    assert len(shards) == 1
     assert run(tmp_path, records, encoder)[3] == 0
+    assert list(tmp_path.glob("features/*/*.tokens")) == shards  # the bad one begins none
     whole, memory, told, _ = run(tmp_path, records, encoder, "data.cache=memory")
     assert whole == kept and told == faults
     torch.testing.assert_close(found, memory, rtol=2**-7, atol=1e-6)

@@ -189,6 +189,18 @@ def test_a_bad_picture_is_named_with_its_row(records, words, tmp_path, kind, wor
         assert line.startswith(f"captions.json, image 9: picture '{path}' ") and "\n" not in line
 
 
+def test_a_batch_of_bad_pictures_alone_leaves_the_others(records, tmp_path):
+    """As the last one often is, being short."""
+    (tmp_path / "bad.png").write_text("no picture")
+    bad = Record(str(tmp_path / "bad.png"), ("a dog",), 9, "row 9")
+    encoder = freeze(VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4)))
+    for order in ([*records[:2], bad], [bad, bad, records[0]]):
+        files = Files(order, transform(SPEC), skip=True)
+        found = in_memory(encode(encoder, files, range(3), batch=2), 3)
+        assert [order[i] for i in found.kept] == [r for r in order if r is not bad]
+        assert len(found.tokens) == len(found.kept) and len(found.faults) == order.count(bad)
+
+
 def test_features_are_what_the_encoder_makes_of_the_files(records, words):
     """Within bfloat16's 8 bits, for the same records in the same order, on any number of rows at a time."""
     torch.manual_seed(0)

@@ -80,6 +80,12 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def cut_before_its_palette(file: Path) -> None:
+    """Pillow seeks to where the palette should be, before the file's begin."""
+    Image.new("P", SIZE).save(file)
+    file.write_bytes(file.read_bytes()[:200])
+
+
 def crossed(file: Path) -> None:
     """A byte of the compressed pixels is another."""
     Image.effect_noise((64, 64), 60).save(file)
@@ -104,6 +110,7 @@ BAD = {
     "cut.jpg": (cut, "truncated picture"),
     "cut.png": (cut, "truncated picture"),
     "crossed.png": (crossed, "broken picture"),
+    "cut.pcx": (cut_before_its_palette, "broken picture"),
     "cut.gif": (cut, "truncated picture"),
     "empty.jpg": (lambda f: f.write_bytes(b""), "empty picture file"),
     "words.jpg": (lambda f: f.write_text("not a picture, and long enough to have a header"), "not a picture"),
