@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diptych.errors import UserError
+from diptych.evaluate.report import DIRECTIONS
 from diptych.evaluate.retrieval import KS, difference
 
-WAYS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 SHOWN = 5  # pictures told of each kind
 
 
@@ -63,7 +63,7 @@ def _recalls(one: dict, other: dict, pictures: list[dict]) -> Iterator[str]:
     owners = {"image_to_text": list(range(len(pictures)))}
     owners["text_to_image"] = [i for i, picture in enumerate(pictures) for _ in picture["captions"]]
     yield from ("", one["protocol"], f"{'':<20}{'A':>8}{'B':>10}{'B − A':>9}   95% interval")
-    for way, name in WAYS.items():
+    for way, name in DIRECTIONS.items():
         for k in KS:
             low, high = difference(one["ranks"][way], other["ranks"][way], k, pictures=owners[way])
             a, b = (100 * result[way][f"r@{k}"] for result in (one, other))

@@ -19,10 +19,10 @@ from diptych.data import scenes
 from diptych.data.records import Record
 from diptych.evaluate.gallery import Gallery, pair_scorer
 from diptych.evaluate.inference import PictureText
+from diptych.evaluate.report import DIRECTIONS
 from diptych.objectives.contrastive import similarity
 
 OBJECT = "colour and shape of an object"
-DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def is_scenes(path: str | Path | None) -> bool:

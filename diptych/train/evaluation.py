@@ -19,7 +19,15 @@ from diptych.errors import UserError
 from diptych.evaluate import captioning, scenes
 from diptych.evaluate import gallery as galleries
 from diptych.evaluate.gallery import Gallery
-from diptych.evaluate.report import Candidate, Example, ReportData, choose_examples, summary_lines, write_report
+from diptych.evaluate.report import (
+    DIRECTIONS,
+    Candidate,
+    Example,
+    ReportData,
+    choose_examples,
+    summary_lines,
+    write_report,
+)
 from diptych.evaluate.retrieval import ranks
 from diptych.generate import Search
 from diptych.train import features, skipped
@@ -29,7 +37,6 @@ from diptych.train.run import Run, load
 from diptych.train.watch import Watch
 
 SHOWN = 12  # pictures of a report's gallery
-WAYS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 @dataclass
@@ -70,9 +77,13 @@ def evaluate(
     for title, rows in found.tables.items():
         for line in ["", title, *table_lines(rows)]:
             say(line)
-    asked = [{"image": r.image, "image_id": r.image_id, "captions": r.captions} for r in found.gallery.records]
-    record = {"split": split, "retrieval": found.results, "tables": found.tables, "captions": found.said}
-    record["pictures"] = asked
+    record = {
+        "split": split,
+        "retrieval": found.results,
+        "tables": found.tables,
+        "captions": found.said,
+        "pictures": [{"image": r.image, "image_id": r.image_id, "captions": r.captions} for r in found.gallery.records],
+    }
     (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     if report:
         left_out = dict.fromkeys([*skipped.read(run.folder), *faults])
@@ -130,7 +141,7 @@ def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
     rows = []
     for name, part in (("seen", found), ("unseen", other)):
         row: dict[str, Any] = {"colour–shape pairs": name, "pictures": len(part.gallery.records)}
-        row |= {f"{way} r@1": part.results[0][key]["r@1"] for key, way in WAYS.items()}
+        row |= {f"{way} r@1": part.results[0][key]["r@1"] for key, way in DIRECTIONS.items()}
         said = [r["right"] for t in part.tables.values() for r in t if r.get("claim") == scenes.OBJECT]
         rows.append(row | {"object named": said[0] if said else None})
     found.tables["Pictures of colour–shape pairs never trained on"] = rows

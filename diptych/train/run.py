@@ -33,8 +33,16 @@ from diptych.train.watch import Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
 # folder may, too, in their last bits: those of one picture depend on the others of its batch.)
-FREE = ("about", "out", "evaluation.", "data.workers", "data.cache_folder", "train.log_every", "train.save_every")
-FREE += ("train.keep",)
+FREE = (
+    "about",
+    "out",
+    "evaluation.",
+    "data.workers",
+    "data.cache_folder",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+)
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
 
 
@@ -61,7 +69,12 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
     moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
     batches = _batches(settings, built, parts["train"], watch, faults)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
-    _begin(out, settings, built, _data(parts["train"], batches.records), begun)
+    data = _data(parts["train"], batches.records)
+    if begun:
+        _same_data(out, data)
+    else:
+        _begin(out, built, data)
+    _write_settings(out, settings)
     skipped = Skipped(out)
     skipped.add(faults)
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
@@ -206,27 +219,32 @@ def _data(records: Sequence[Record], kept: Sequence[Record]) -> dict[str, Any]:
     return {"pictures": len(kept), "captions": sum(len(r.captions) for r in kept), "digest": digest.hexdigest()}
 
 
-def _begin(out: Path, settings: Settings, built: Built, data: dict[str, Any], begun: bool) -> None:
-    """Makes the run's folder, or sees that a run which goes on has the data that it was begun with."""
+def _same_data(out: Path, data: dict[str, Any]) -> None:
+    """Refuses to go on with other data than the run was begun with."""
+    try:
+        before = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = "can't be read, so nobody knows whether the data are the same"
+        raise UserError(f"{out / 'data.json'}: {told}; begin anew, another out=FOLDER") from None
+    if before != data:
+        was, now = (f"{part['captions']} captions of {part['pictures']} pictures" for part in (before, data))
+        raise UserError(f"{out}: the run was begun with other data: {was}, and there are now {now}"
+                        f"{', some of them others' if was == now else ''}; give it those")  # fmt: skip
+
+
+def _begin(out: Path, built: Built, data: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    if begun:
-        try:
-            before = json.loads((out / "data.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            told = "can't be read, so nobody knows whether the data are the same"
-            raise UserError(f"{out / 'data.json'}: {told}; begin anew, another out=FOLDER") from None
-        if before != data:
-            was, now = (f"{part['captions']} captions of {part['pictures']} pictures" for part in (before, data))
-            raise UserError(f"{out}: the run was begun with other data: {was}, and there are now {now}"
-                            f"{', some of them others' if was == now else ''}; give it those")  # fmt: skip
-    else:
-        built.tokenizer.save(out)
-        (out / "data.json").write_text(json.dumps(data), encoding="utf-8")
-        checkpoint.flush(out / "data.json")
-        (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
+    built.tokenizer.save(out)
+    (out / "data.json").write_text(json.dumps(data), encoding="utf-8")
+    checkpoint.flush(out / "data.json")
+    (out / "environment.json").write_text(json.dumps({"torch": torch.__version__, "began": time.time()}))
+
+
+def _write_settings(out: Path, settings: Settings) -> None:
+    """Last, and at once: a folder that has them is a run."""
     aside = out / "settings.yaml.writing"
     aside.write_text(config.dump(settings), encoding="utf-8")
-    aside.replace(out / "settings.yaml")  # last, and at once: a folder that has it is a run
+    aside.replace(out / "settings.yaml")
 
 
 def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:

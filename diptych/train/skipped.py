@@ -30,15 +30,16 @@ class Skipped:
     def __init__(self, run: Path):
         self.file = run / "skipped.jsonl"
         self.known = dict.fromkeys(read(run))
+        self.cut = self.file.exists() and not self.file.read_bytes().endswith(b"\n")  # by a kill
 
     def add(self, faults: Iterable[Fault]) -> None:
         new = [fault for fault in dict.fromkeys(faults) if fault not in self.known]
         if new:
             self.known |= dict.fromkeys(new)
-            cut = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write("\n" if cut else "")
+                lines.write("\n" if self.cut else "")
                 lines.writelines(json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in new)
+            self.cut = False
 
     def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
         """The same batches; what they are without is added."""

@@ -36,15 +36,6 @@ DEC, SEP = 12, 3
 SETTINGS = Train(batch=4, lr=3e-3, warmup=0.1, precision="float32")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models so small lose more by waiting for threads than they gain, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def program(
     objectives: Stage1Objectives | None = None, frozen: bool = True, seed: int = 0, width: int = 8, dropout: float = 0.0
 ) -> Stage1:
