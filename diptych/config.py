@@ -25,6 +25,8 @@ class Data(Section):
     max_tokens: of a caption.
     cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "disk" keeps that for
     other runs too, in cache_folder, and maps it into memory; "none" encodes at every step.
+    views: of each training picture, one of which is drawn each time: 1 the picture, 2 its mirror image too (not where
+    captions say left and right), up to 6 parts of it as well. They cost as many encodings, and last longer.
     on_bad: "stop" at the first row or picture that can't be used, or "skip" it, which skipped.jsonl then lists.
     """
 
@@ -39,6 +41,7 @@ class Data(Section):
     max_tokens: int = Field(32, gt=2)
     cache: Literal["memory", "disk", "none"] = "memory"
     cache_folder: str = "runs/features"
+    views: int = Field(1, ge=1, le=6)
     on_bad: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0)
 

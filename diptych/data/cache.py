@@ -33,6 +33,13 @@ def name(path: str | Path) -> str | None:
         raise UserError(f"picture {str(path)!r} can't be read: {error.strerror}") from None
 
 
+def of_view(name: str | None, view: int) -> str | None:
+    """The name of another view of a picture; view 0 is the picture itself."""
+    if name is None or view == 0:
+        return name
+    return hashlib.blake2b(f"{name} {view}".encode(), digest_size=16).hexdigest()
+
+
 class Table:
     """Rows of mapped shards: `table[indices]` reads (n, N, D) bfloat16, and leaves the rest on the disk."""
 

@@ -61,16 +61,24 @@ class Rows(NamedTuple):
 
 
 class Pictures(Protocol):
-    """Where a batch's pictures come from: `rows(indices)` gives those of the records with these numbers."""
+    """Where a batch's pictures come from. Each record has as many as there are `views`: `rows(indices)` gives those
+    with these numbers, and view v of record r has r · views + v."""
+
+    views: int
 
     def rows(self, indices: Sequence[int]) -> Rows: ...
 
 
 class Files:
-    """Pictures read and transformed at each step. skip: leaves out one that can't be used, where it would stop."""
+    """Pictures read and transformed at each step. transforms: a view each; skip: leaves out one that can't be used,
+    where it would stop."""
 
-    def __init__(self, records: Sequence[Record], transform: Transform, skip: bool = False):
-        self.records, self.transform, self.skip = records, transform, skip
+    def __init__(self, records: Sequence[Record], transforms: Sequence[Transform], skip: bool = False):
+        self.records, self.transforms, self.skip = records, transforms, skip
+        self.views = len(transforms)
+
+    def __len__(self) -> int:
+        return len(self.records) * self.views
 
     def rows(self, indices: Sequence[int]) -> Rows:
         found = {place: self.one(i) for place, i in enumerate(indices)}
@@ -81,9 +89,10 @@ class Files:
         return Rows({"pixels": torch.stack([*sound.values()])}, [*sound], faults)
 
     def one(self, index: int) -> Tensor | Fault:
-        record = self.records[index]
+        place, view = divmod(index, self.views)
+        record = self.records[place]
         try:
-            return self.transform(open_picture(record.image, record.where))
+            return self.transforms[view](open_picture(record.image, record.where))
         except BadPicture as bad:
             if not self.skip:
                 raise UserError(f"{bad}; data.on_bad=skip goes on without it") from None
@@ -91,10 +100,10 @@ class Files:
 
 
 class Features:
-    """Image tokens (n, N, D) made once by a frozen encoder, one row a record: in memory, or a mapped table."""
+    """Image tokens (n · views, N, D) made once by a frozen encoder: in memory, or a mapped table."""
 
-    def __init__(self, tokens: Tensor | Table):
-        self.tokens = tokens
+    def __init__(self, tokens: Tensor | Table, views: int = 1):
+        self.tokens, self.views = tokens, views
 
     def rows(self, indices: Sequence[int]) -> Rows:
         return Rows({"tokens": self.tokens[torch.as_tensor(indices)].float()}, list(range(len(indices))))
@@ -120,7 +129,7 @@ def plain_errors() -> Iterator[None]:
 class PairSteps(Dataset):
     """Step number → `PairBatch`. Each epoch is a permutation keyed by (seed, epoch); a short last batch is left out.
 
-    captions: "one" of each picture's an epoch, drawn afresh; "all" of them.
+    captions: "one" of each picture's an epoch, drawn afresh; "all" of them. Of its views one is drawn each time.
     """
 
     def __init__(
@@ -143,7 +152,7 @@ class PairSteps(Dataset):
         self._kept: tuple[int, np.ndarray] | None = None
 
     def order(self, epoch: int) -> np.ndarray:
-        """(rows, 2): which record, which of its captions, in the order of that epoch."""
+        """(rows, 3): which record, which of its captions, which of its views, in the order of that epoch."""
         if self._kept is None or self._kept[0] != epoch:
             self._kept = (epoch, self._order(epoch))
         return self._kept[1]
@@ -155,15 +164,17 @@ class PairSteps(Dataset):
             pairs = np.stack([np.arange(len(counts)), draw.integers(counts)], 1)
         else:
             pairs = np.array([(i, j) for i, r in enumerate(self.records) for j in range(len(r.captions))])
-        return draw.permutation(pairs)
+        pairs = draw.permutation(pairs)
+        views = draw.integers(self.pictures.views, size=(len(pairs), 1))  # last, so that with one the rest stays
+        return np.concatenate([pairs, views], 1)
 
     def __getitem__(self, step: int) -> PairBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
-        seen = self.pictures.rows([int(i) for i, _ in chosen])
+        seen = self.pictures.rows([int(i * self.pictures.views + view) for i, _, view in chosen])
         chosen = chosen[seen.kept]
-        records = [self.records[i] for i, _ in chosen]
-        texts = [r.captions[j] for r, (_, j) in zip(records, chosen, strict=True)]
+        records = [self.records[i] for i in chosen[:, 0]]
+        texts = [r.captions[j] for r, j in zip(records, chosen[:, 1], strict=True)]
         ids, mask = self.tokenizer.encode(texts, self.max_tokens)
         batch = PairBatch(
             ids,

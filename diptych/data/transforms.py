@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from diptych.models.vision import ImageSpec
 
 Transform = Callable[[Image.Image], Tensor]
+
+# A picture's views: the box that is taken of it (left, upper, right, lower; shares of its sides), then whether mirrored
+VIEWS = (
+    ((0.0, 0.0, 1.0, 1.0), False),
+    ((0.0, 0.0, 1.0, 1.0), True),
+    ((0.0, 0.0, 0.85, 0.85), False),
+    ((0.15, 0.15, 1.0, 1.0), True),
+    ((0.15, 0.0, 1.0, 0.85), False),
+    ((0.0, 0.15, 0.85, 1.0), True),
+)
 
 
 def transform(spec: ImageSpec) -> Transform:
@@ -24,3 +34,22 @@ def transform(spec: ImageSpec) -> Transform:
         shape = [v2.Resize(short, mode, antialias=True), v2.CenterCrop(spec.size)]
     tail = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]
     return v2.Compose([*shape, *tail])
+
+
+def views(spec: ImageSpec, number: int) -> list[Transform]:
+    """The first `number` of `VIEWS`, each as `transform` makes it: the picture itself, its mirror image, four parts."""
+    plain = transform(spec)
+    return [plain, *(v2.Compose([_Part(box, mirrored), plain]) for box, mirrored in VIEWS[1:number])]
+
+
+class _Part:
+    """Takes a box of a picture, in shares of its sides. (A class, for worker processes: they pickle it.)"""
+
+    def __init__(self, box: Sequence[float], mirrored: bool):
+        self.box, self.mirrored = box, mirrored
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        left, upper, right, lower = self.box
+        wide, high = picture.size
+        part = picture.crop((round(left * wide), round(upper * high), round(right * wide), round(lower * high)))
+        return ImageOps.mirror(part) if self.mirrored else part

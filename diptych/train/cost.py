@@ -97,7 +97,7 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
     if not is_kept:
         memory["activations"] += kept * batch
     if settings.data.cache == "memory" and records:
-        memory["features"] = features_bytes(len(records), *seen)
+        memory["features"] = features_bytes(len(records) * settings.data.views, *seen)
     name = str(dtype).removeprefix("torch.")
     return Cost(batch, tokens, seen, is_kept, name, parameters(program), image, flops, memory)
 

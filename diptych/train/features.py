@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,12 @@ from diptych.data.cache import FeatureCache, Table
 from diptych.data.pairs import Features, Files, Pictures
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
-from diptych.data.transforms import transform
+from diptych.data.transforms import views
 from diptych.errors import UserError
 from diptych.train.checkpoint import fingerprint
 from diptych.train.watch import Watch
 
-VERSION = 1  # to be raised when `data/transforms.py` or what a tower of ours computes changes
+VERSION = 2  # to be raised when `data/transforms.py` or what a tower of ours computes changes
 MAKERS = ("torch", "torchvision", "timm", "transformers", "pillow")
 
 
@@ -30,10 +31,12 @@ def pictures(
     settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
 ) -> tuple[Sequence[Record], Pictures]:
     """Features made beforehand, or files read at each step, as `data.cache` says; and the records that they are of."""
-    if settings.data.cache == "none":
-        return records, Files(records, transform(encoder.spec), settings.data.on_bad == "skip")
-    kept, tokens = _encoded(settings, encoder, records, watch, "training pictures", faults)
-    return kept, Features(tokens)
+    data = settings.data
+    files = Files(records, views(encoder.spec, data.views), data.on_bad == "skip")
+    if data.cache == "none":
+        return records, files
+    kept, tokens = _encoded(settings, encoder, files, watch, "training pictures", faults)
+    return kept, Features(tokens, data.views)
 
 
 def encoded(
@@ -41,45 +44,44 @@ def encoded(
 ) -> tuple[list[Record], Tensor]:
     """The records whose pictures can be used, and their image tokens (n, N, D) by a frozen encoder, with progress told.
     The faults of the others are added to `faults`."""
-    kept, tokens = _encoded(settings, encoder, records, watch, what, faults)
+    files = Files(records, views(encoder.spec, 1), settings.data.on_bad == "skip")
+    kept, tokens = _encoded(settings, encoder, files, watch, what, faults)
     return kept, tokens if isinstance(tokens, Tensor) else tokens[torch.arange(len(tokens))]
 
 
 def _encoded(
-    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, what: str, faults: list[Fault]
+    settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str, faults: list[Fault]
 ) -> tuple[list[Record], Tensor | Table]:
-    data = settings.data
-    files = Files(records, transform(encoder.spec), data.on_bad == "skip")
-    if data.cache == "disk":
+    if settings.data.cache == "disk":
         kept, found, tokens = _on_disk(settings, encoder, files, watch, what)
     else:
-        every = range(len(records))
-        with watch.progress(f"encoding {what}", len(records)) as done:
-            parts = features.encode(encoder, files, every, workers=data.workers, done=done)
-            tokens, kept, found = features.in_memory(parts, len(records))
-    faults += found
+        with watch.progress(f"encoding {_all(what, files)}", len(files)) as done:
+            parts = features.encode(encoder, files, range(len(files)), workers=settings.data.workers, done=done)
+            tokens, kept, found = features.in_memory(parts, len(files))
+    faults += dict.fromkeys(found)
     if not kept:
-        raise UserError(f"none of {len(records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")
-    return [records[i] for i in kept], tokens
+        raise UserError(f"none of {len(files.records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")
+    return _whole(files, kept), tokens
 
 
 def _on_disk(
     settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str
 ) -> tuple[list[int], list[Fault], Table]:
-    """The places of the records that are of use, the faults of the others, and the tokens. Encodes what the cache has
+    """The places in `files` that are of use, the faults of the others, and the tokens. Encodes what the cache has
     not yet; says how much that is beforehand, and refuses where the disk has no room for it."""
     folder = Path(settings.data.cache_folder) / key(settings.image_encoder, encoder)
     kept = FeatureCache(folder, shape(encoder))
     names = []
     with watch.progress(f"looking up {what} in {folder}", len(files.records)) as done:
-        for record in files.records:
-            names.append(cache.name(record.image))
-            done(len(names))
+        for number, record in enumerate(files.records, 1):
+            name = cache.name(record.image)
+            names += [cache.of_view(name, view) for view in range(files.views)]
+            done(number)
     if any(name not in kept for name in names):
         with kept.alone(watch.say):
             absent = {name or place: place for place, name in enumerate(names) if name not in kept}  # each file once
-            _announce(kept, len(absent), what, watch)
-            with watch.progress(f"encoding {what}", len(absent)) as done:
+            _announce(kept, len(absent), _all(what, files), watch)
+            with watch.progress(f"encoding {_all(what, files)}", len(absent)) as done:
                 made = features.encode(encoder, files, [*absent.values()], workers=settings.data.workers, done=done)
                 kept.fill((part.tokens, [str(names[place]) for place in part.kept]) for part in made)
     sound, faults = [], []
@@ -89,8 +91,25 @@ def _on_disk(
         elif isinstance(fault := files.one(place), Fault):
             faults.append(fault)
         else:
-            raise UserError(f"{files.records[place].image}: changed while it was being read; start again")
+            raise _changed(files, place)
     return sound, faults, kept.table([str(names[place]) for place in sound])
+
+
+def _all(what: str, files: Files) -> str:
+    return f"views of {what}" if files.views > 1 else what
+
+
+def _whole(files: Files, kept: Sequence[int]) -> list[Record]:
+    """The records whose views' places are `kept`, in order. UserError where only some of a record's are."""
+    found = Counter(place // files.views for place in kept)
+    for record, views_kept in found.items():
+        if views_kept < files.views:
+            raise _changed(files, record * files.views)
+    return [files.records[record] for record in found]
+
+
+def _changed(files: Files, place: int) -> UserError:
+    return UserError(f"{files.records[place // files.views].image}: changed while it was being read; start again")
 
 
 def _announce(kept: FeatureCache, new: int, what: str, watch: Watch) -> None:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,9 @@ from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.data import cache
 from diptych.data.cache import FeatureCache
+from diptych.data.pairs import Files
 from diptych.data.records import Record
+from diptych.data.transforms import views
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
 from diptych.train.features import encoded, key, pictures
@@ -204,6 +207,23 @@ def test_steps_read_the_table_as_they_would_memory(tmp_path, records):
         _, source = pictures(settings(tmp_path, f"data.cache={kind}"), tower(), records, watch, [])
         rows.append(source.rows([3, 0, 3]).tensors["tokens"])
     torch.testing.assert_close(*rows, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_views_lie_side_by_side_and_those_made_before_are_used_again(tmp_path, records, kind):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "2.png")
+    plain, encoder = run(tmp_path, records, tower(), f"data.cache={kind}")[1], tower()
+    watch, faults = Watch(tmp_path, say=lambda line: None), []
+    asked = settings(tmp_path, f"data.cache={kind}", "data.views=3")
+    kept, source = pictures(asked, encoder, records, watch, faults)
+    assert [r.image_id for r in kept] == [0, 1, 2, 3, 4] and len(faults) == 2 and source.views == 3
+    if kind == "disk":
+        assert encoder.shown == 2 * 4 + 1  # two more views of four pictures, and the one for its shape
+    seen = source.rows(range(15)).tensors["tokens"]
+    live = Files(kept, views(encoder.spec, 3)).rows(range(15)).tensors["pixels"]
+    torch.testing.assert_close(seen, encoder(live).tokens, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(seen[::3], plain.float(), rtol=2**-7, atol=1e-6)
+    assert not torch.equal(seen[6], seen[7])
 
 
 def test_what_does_not_fit_is_refused_before_it_is_begun(tmp_path, records):

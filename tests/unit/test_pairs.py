@@ -52,7 +52,7 @@ def words() -> Tokenizer:
 @pytest.fixture
 def steps(records, words):
     def make(batch: int = 3, captions: str = "one", seed: int = 0, **options) -> PairSteps:
-        return PairSteps(records, Files(records, transform(SPEC)), words, batch, captions, seed=seed, **options)
+        return PairSteps(records, Files(records, [transform(SPEC)]), words, batch, captions, seed=seed, **options)
 
     return make
 
@@ -63,7 +63,7 @@ def equal(one: PairBatch, other: PairBatch) -> bool:
 
 
 def rows_of(batches: PairSteps, epoch: int) -> list[tuple[int, int]]:
-    return [(int(i), int(j)) for i, j in batches.order(epoch)]
+    return [(int(i), int(j)) for i, j, _ in batches.order(epoch)]
 
 
 def told(batch: PairBatch, words: Tokenizer) -> list[str]:
@@ -132,7 +132,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it(steps):
 
 def test_rows_belong_together(steps, words, records):
     """Row r's pixels, ids and numbers are of one record and one of its captions."""
-    files = Files(records, transform(SPEC))
+    files = Files(records, [transform(SPEC)])
     for batch, pairs in ((steps()[0], rows_of(steps(), 0)[:3]), (steps(captions="all")[5], None)):
         pairs = pairs or rows_of(steps(captions="all"), 1)[3:6]
         assert told(batch, words) == [CAPTIONS[i][j] for i, j in pairs]
@@ -162,7 +162,7 @@ def test_captions_are_cut_and_padded_to_the_longest_of_the_batch(steps, words):
 
 @pytest.mark.parametrize("captions", ["one", "all"])
 def test_fewer_than_two_pairs_are_refused(records, words, captions):
-    files = Files(records, transform(SPEC))
+    files = Files(records, [transform(SPEC)])
     for few in ([], records[:1], [records[0], records[6]]):  # none, one of three captions, one twice
         with pytest.raises(UserError, match="at least two pictures") as said:
             PairSteps(few, files, words, 4, captions)
@@ -177,7 +177,7 @@ def test_a_bad_picture_is_named_with_its_row(records, words, tmp_path, kind, wor
         good = Path(records[0].image).read_bytes()
         path.write_bytes({"corrupt": b"no picture at all", "cut": good[: len(good) // 2], "empty": b""}[kind])
     bad = [records[0], Record(str(path), ("a dog",), 9, "captions.json, image 9")]
-    files = Files(bad, transform(SPEC))
+    files = Files(bad, [transform(SPEC)])
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     for read in (
         lambda: list(PairSteps(bad, files, words, 2).read(0, 1, workers)),
@@ -195,7 +195,7 @@ def test_a_batch_of_bad_pictures_alone_leaves_the_others(records, tmp_path):
     bad = Record(str(tmp_path / "bad.png"), ("a dog",), 9, "row 9")
     encoder = freeze(VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4)))
     for order in ([*records[:2], bad], [bad, bad, records[0]]):
-        files = Files(order, transform(SPEC), skip=True)
+        files = Files(order, [transform(SPEC)], skip=True)
         found = in_memory(encode(encoder, files, range(3), batch=2), 3)
         assert [order[i] for i in found.kept] == [r for r in order if r is not bad]
         assert len(found.tokens) == len(found.kept) and len(found.faults) == order.count(bad)
@@ -206,11 +206,11 @@ def test_features_are_what_the_encoder_makes_of_the_files(records, words):
     torch.manual_seed(0)
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     encoder, heard = freeze(tower), []
-    parts = encode(encoder, Files(records, transform(SPEC)), range(7), batch=3, done=heard.append)
+    parts = encode(encoder, Files(records, [transform(SPEC)]), range(7), batch=3, done=heard.append)
     table, places, faults = in_memory(parts, 7)
     assert places == list(range(7)) and not faults
     assert table.shape == (7, 5, 8) and table.dtype == torch.bfloat16 and heard == [3, 6, 7]
-    live = PairSteps(records, Files(records, transform(SPEC)), words, 3)
+    live = PairSteps(records, Files(records, [transform(SPEC)]), words, 3)
     kept = PairSteps(records, Features(table), words, 3)
     for step in range(4):
         ours, theirs = kept[step], live[step]
@@ -219,6 +219,18 @@ def test_features_are_what_the_encoder_makes_of_the_files(records, words):
         for name in ("ids", "mask", "image_id", "caption_id", "step", "first_row"):
             a, b = getattr(ours, name), getattr(theirs, name)
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_each_row_shows_a_view_of_its_own_record_drawn_anew_each_time(records, words):
+    numbers = torch.arange(7 * 3.0).reshape(21, 1, 1)  # view v of record r holds 3 r + v
+    steps = PairSteps(records, Features(numbers, views=3), words, 7)
+    shown = [steps[epoch].tokens.flatten().long() for epoch in range(20)]
+    for epoch, tokens in enumerate(shown):
+        assert [int(i) for i in tokens // 3] == [i for i, _ in rows_of(steps, epoch)]
+        assert torch.equal(tokens, steps[epoch].tokens.flatten().long())
+    assert torch.bincount(torch.cat(shown) % 3).min() > 25  # of 140, a third each
+    alone = PairSteps(records, Features(numbers[:7]), words, 7)
+    assert [rows_of(alone, epoch) for epoch in range(3)] == [rows_of(steps, epoch) for epoch in range(3)]
 
 
 def test_a_batch_moves_whole(steps):

@@ -196,7 +196,7 @@ def test_check_and_training_find_the_same_faults(mixed):
     faults = []
     records = read(mixed, faults=faults)
     for record in records:
-        one = Files([record], transform(SPEC), skip=True).one(0)
+        one = Files([record], [transform(SPEC)], skip=True).one(0)
         faults += [] if isinstance(one, torch.Tensor) else [one]
     assert Counter(faults) == Counter(report.faults)
 
@@ -224,12 +224,12 @@ def test_steps_leave_bad_pictures_out_and_name_them(mixed):
     faults = []
     records = read(mixed, faults=faults)
     words = Tokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "is"])
-    steps = PairSteps(records, Files(records, transform(SPEC), skip=True), words, batch=len(records), max_tokens=8)
+    steps = PairSteps(records, Files(records, [transform(SPEC)], skip=True), words, batch=len(records), max_tokens=8)
     batch = steps[0]
     assert Counter(fault.kind for fault in batch.faults) == Counter(kind for _, kind in BAD.values())
     rows = len(records) - len(BAD)
     assert {len(t) for t in (batch.ids, batch.mask, batch.image_id, batch.caption_id, batch.pixels)} == {rows}
-    strict = PairSteps(records, Files(records, transform(SPEC)), words, batch=len(records), max_tokens=8)
+    strict = PairSteps(records, Files(records, [transform(SPEC)]), words, batch=len(records), max_tokens=8)
     with pytest.raises(UserError, match="data.on_bad=skip goes on without it"):
         strict[0]
 
@@ -237,4 +237,4 @@ def test_steps_leave_bad_pictures_out_and_name_them(mixed):
 def test_a_step_of_bad_pictures_alone_is_said(mixed):
     records = [r for r in read(mixed, faults=[]) if Path(r.image).name in BAD]
     with pytest.raises(UserError, match="none of 2 pictures can be used; data.jsonl, line"):
-        Files(records, transform(SPEC), skip=True).rows([0, 1])
+        Files(records, [transform(SPEC)], skip=True).rows([0, 1])

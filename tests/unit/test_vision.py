@@ -10,7 +10,7 @@ from PIL import Image
 
 from diptych.checkpoints import starter
 from diptych.core.config import StackConfig
-from diptych.data.transforms import transform
+from diptych.data.transforms import VIEWS, transform, views
 from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionConfig, VisionTransformer, places
 
@@ -99,6 +99,19 @@ def test_a_picture_is_squashed_or_cropped_as_the_encoder_wants():
     assert squashed.shape == cropped.shape == (3, 20, 20)
     assert squashed[0, 0, 0] * 255 < 5 and squashed[0, 0, -1] * 255 > 94
     assert 23 < cropped[0, 0, 0] * 255 < 29 and 70 < cropped[0, 0, -1] * 255 < 77
+
+
+def test_views_are_the_picture_its_mirror_image_and_parts_of_it():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    spec = ImageSpec(20, (0.0,) * 3, (1.0,) * 3)
+    seen = [view(Image.fromarray(noise)) for view in views(spec, 6)]
+    assert len(seen) == len(VIEWS) and len(views(spec, 2)) == 2 and all(view.shape == (3, 20, 20) for view in seen)
+    assert torch.equal(seen[0], transform(spec)(Image.fromarray(noise)))
+    assert torch.equal(seen[1], seen[0].flip(-1))
+    whole = ImageSpec(17, (0.0,) * 3, (1.0,) * 3)  # 85 % of 20: nothing is scaled
+    parts = [view(Image.fromarray(noise)) for view in views(whole, 6)[2:]]
+    assert torch.equal(parts[0], seen[0][:, :17, :17]) and torch.equal(parts[1], seen[0][:, 3:, 3:].flip(-1))
+    assert torch.equal(parts[2], seen[0][:, :17, 3:]) and torch.equal(parts[3], seen[0][:, 3:, :17].flip(-1))
 
 
 def test_without_the_starter_package_a_person_is_told_what_to_install(monkeypatch):
