@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,13 @@ class Mistake(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"diptych: {' '.join(self.message.splitlines())}", err=True)
+        who = f"diptych, rank {rank}" if (rank := _rank()) else "diptych"
+        click.echo(f"{who}: {' '.join(self.message.splitlines())}", err=True)
+
+
+def _rank() -> int:
+    """Of this process, where torchrun started several."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class Stopped(Mistake):
@@ -85,6 +92,8 @@ def train(recipe: str, settings: tuple[str, ...], resume: bool) -> None:
     from diptych.train import run
 
     folder = run.train(chosen, resume=resume)
+    if _rank():
+        return
     click.echo(f"\nThe run is in {folder}. Next:")
     for command in _next(folder, chosen.objectives.lm > 0):
         click.echo(f"  {command}")

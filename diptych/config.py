@@ -112,7 +112,8 @@ class Train(Section):
     """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
     to `final_lr` times `lr`. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the machine
     computes it fast, else float32. checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps
-    between checkpoints, 0 = at the end alone; keep: how many stay."""
+    between checkpoints, 0 = at the end alone; keep: how many stay. Under torchrun, parallel: "ddp" keeps all weights in
+    each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is given up."""
 
     batch: int = Field(64, gt=1)
     epochs: int = Field(10, gt=0)
@@ -129,6 +130,8 @@ class Train(Section):
     log_every: int = Field(10, gt=0)
     save_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    timeout: int = Field(600, gt=0)
 
 
 class Evaluation(Section):

@@ -170,11 +170,10 @@ class Past:
         self.mask, self.positions = self.joined(mask), positions
         self.next_position = self.next_position + mask.shape[1]
 
-    def first(self, rows: int) -> Past:
-        """A past of the first `rows` rows alone."""
+    def at(self, rows: Tensor | slice) -> Past:
+        """A past of some rows alone."""
         past = self.fork()
-        if self.kv[0] is not None and self.kv[0][0].shape[0] != rows:
-            past.reorder(slice(rows))
+        past.reorder(rows)
         return past
 
     def reorder(self, rows: Tensor | slice) -> None:

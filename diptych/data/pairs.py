@@ -6,7 +6,7 @@ b rows of a batch, T text tokens, N image tokens, D width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -141,13 +141,18 @@ class PairSteps(Dataset):
         captions: str = "one",
         max_tokens: int = 32,
         seed: int = 0,
+        part: Callable[[int], range] = range,
     ):
+        """part: which rows of a batch of so many this process reads, all by default."""
         self.records, self.pictures, self.tokenizer = records, pictures, tokenizer
         self.captions, self.max_tokens, self.seed = captions, max_tokens, seed
         rows = len(records) if captions == "one" else sum(len(r.captions) for r in records)
         if len({r.image_id for r in records}) < 2:
             raise UserError("training needs at least two pictures with captions: contrast compares them")
         self.batch = min(batch, rows)
+        self.mine = part(self.batch)
+        if not self.mine:
+            raise UserError(f"a batch of {self.batch} has no row for each process: start fewer, or raise train.batch")
         self.steps_per_epoch = rows // self.batch
         self._kept: tuple[int, np.ndarray] | None = None
 
@@ -170,7 +175,7 @@ class PairSteps(Dataset):
 
     def __getitem__(self, step: int) -> PairBatch:
         epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch]
+        chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch][self.mine]
         seen = self.pictures.rows([int(i * self.pictures.views + view) for i, _, view in chosen])
         chosen = chosen[seen.kept]
         records = [self.records[i] for i in chosen[:, 0]]
@@ -182,6 +187,7 @@ class PairSteps(Dataset):
             torch.tensor([number(r.image_id) for r in records]),
             torch.tensor([number(" ".join(t.lower().split())) for t in texts]),
             step=step,
+            first_row=self.mine.start,
             faults=seen.faults,
         )
         return replace(batch, **seen.tensors)

@@ -16,21 +16,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
+from diptych.objectives import gather
+from diptych.train.parallel import shared_like, whole
 
 VERSION = 2
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -49,15 +46,19 @@ def frozen_fingerprints(program: nn.Module) -> dict[str, str]:
 
 def trained_state(program: nn.Module) -> dict[str, Tensor]:
     """Weights and buffers of what is trained, whole however they are sharded, as copies on the CPU; a tied tensor once,
-    under its first name. Frozen parts are left out."""
+    under its first name. Frozen parts are left out. Where they are sharded, all processes must ask."""
+    return {name: _copy(tensor) for name, tensor in _trained(program).items()}
+
+
+def _trained(program: nn.Module) -> dict[str, Tensor]:
     left_out = tuple(f"{name}." for name, _ in _frozen(program))
     again = {name for group in tied(program) for name in group[1:]}
-    state: Any = get_model_state_dict(program, options=WHOLE)
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-        if name not in again and not name.startswith(left_out)
-    }
+    state = program.state_dict()
+    return {name: t for name, t in state.items() if name not in again and not name.startswith(left_out)}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 class Checkpoints:
@@ -104,7 +105,9 @@ class Checkpoints:
         self.wait()
         files = {"model.safetensors": trained_state(program)}
         if optimizer is not None:
-            files["training.safetensors"] = _moments(program, optimizer) | generators()
+            files["training.safetensors"] = _moments(program, optimizer) | everyones_generators()
+        if gather.world()[0] > 0:  # of several processes all make the weights whole, and the first writes them
+            return
         frozen = frozen_fingerprints(program) if frozen is None else frozen
         record = {"version": VERSION, "step": step, "frozen": frozen, **state}
         self._writing = self._thread.submit(self._write, step, files, record)
@@ -188,7 +191,7 @@ def load_model(folder: Path, program: nn.Module, training: bool = False) -> dict
 
 def fill(program: nn.Module, kept: dict[str, Tensor], file: Path) -> None:
     """Gives `program` the weights `kept`, which are of `file`: all that is trained and nothing else, or none."""
-    wanted = trained_state(program)
+    wanted = _trained(program)
     for name in sorted(wanted.keys() | kept.keys()):
         if name not in kept or name not in wanted:
             raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this model'}")
@@ -208,25 +211,24 @@ def load_training(folder: Path, program: nn.Module, optimizer: torch.optim.Optim
         kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{file}: the optimizer's moments can't be read ({error})") from None
-    set_generators({name: kept.pop(name) for name in list(kept) if name.startswith("generator.")})
+    set_generators(_own({name: kept.pop(name) for name in list(kept) if name.startswith("generator.")}))
     moved = {name.partition("/")[2] for name in kept}
-    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)  # gives every parameter moments
-    wanted = {f"{kind}/{name}" for name in moved & state["state"].keys() for kind in state["state"][name]}
+    trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
+    # a parameter that never had a gradient has no moments, as the head of an objective that is off
+    wanted = {f"{kind}/{name}" for name in moved & trained.keys() for kind in MOMENTS}
     for name in sorted(wanted ^ kept.keys()):
         raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this optimizer'}")
     for name, tensor in kept.items():
         kind, _, parameter = name.partition("/")
-        state["state"][parameter][kind] = tensor
-    set_optimizer_state_dict(program, optimizer, state, options=WHOLE)
-    for name, parameter in program.named_parameters():
-        if name not in moved:  # one that never had a gradient, as the head of an objective that is off
-            optimizer.state.pop(parameter, None)
+        like = trained[parameter]
+        moment = tensor.to(like.device)
+        optimizer.state[like][kind] = moment if kind == "step" else shared_like(moment, like)
 
 
 def _moments(program: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """ "exp_avg/name of a parameter" → a copy, whole however it is sharded."""
-    state: Any = get_optimizer_state_dict(program, optimizer, options=WHOLE)
-    return {f"{kind}/{name}": t.clone() for name, kept in state["state"].items() for kind, t in kept.items()}
+    names = {parameter: name for name, parameter in program.named_parameters()}
+    return {f"{kind}/{names[p]}": _copy(t) for p, kept in optimizer.state.items() for kind, t in kept.items()}
 
 
 def generators() -> dict[str, Tensor]:
@@ -235,9 +237,27 @@ def generators() -> dict[str, Tensor]:
     return states | ({"generator.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
+def everyones_generators() -> dict[str, Tensor]:
+    """`generators` of all processes: the first one's under their names, and "generator.cpu.2" of the third."""
+    _, size = gather.world()
+    every: list[Any] = [generators()]
+    if size > 1:
+        every = [None] * size
+        dist.all_gather_object(every, generators())
+    return {name + (f".{rank}" if rank else ""): state for rank, own in enumerate(every) for name, state in own.items()}
+
+
+def _own(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's of `everyones_generators`; nothing where there were fewer processes, whose draws are then new."""
+    rank, _ = gather.world()
+    names = {f"generator.{kind}": f"generator.{kind}" + (f".{rank}" if rank else "") for kind in ("cpu", "cuda")}
+    return {name: states[kept] for name, kept in names.items() if kept in states}
+
+
 def set_generators(states: dict[str, Tensor]) -> None:
     """Takes torch's random numbers back to what `generators` gave; a GPU's are left where there is none."""
-    torch.set_rng_state(states["generator.cpu"])
+    if "generator.cpu" in states:
+        torch.set_rng_state(states["generator.cpu"])
     if "generator.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["generator.cuda"])
 

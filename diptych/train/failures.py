@@ -10,11 +10,14 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diptych.objectives import gather
+from diptych.train import processes
 from diptych.train.checkpoint import trained_state
 from diptych.train.loop import Failure
 
@@ -25,14 +28,20 @@ KEPT = 3
 def keep(run: Path, failure: Failure) -> str:
     """Writes what is needed to run a failed step again, and says how. The weights are those before the step.
 
-    The newest `KEPT` stay. Where the disk takes it not, that is said: the run goes on.
+    The newest `KEPT` stay. Where the disk takes it not, that is said: the run goes on. Of several processes all must
+    call: the batch is kept whole, and is run again in one.
     """
+    tensors, weights = _whole(failure.batch) | failure.generators, trained_state(failure.program)
+    if not processes.is_first():
+        return ""
     target = run / FAILED / f"{failure.step.number:08d}"
     aside = target.with_suffix(".writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside, failure)
+        save_file(tensors, aside / "batch.safetensors")
+        save_file(weights, aside / "model.safetensors")
+        (aside / "state.json").write_text(json.dumps(_state(failure)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         aside.replace(target)
     except (OSError, SafetensorError) as error:
@@ -43,17 +52,21 @@ def keep(run: Path, failure: Failure) -> str:
     return f"see `diptych replay {run}`"
 
 
-def _write(folder: Path, failure: Failure) -> None:
-    batch = failure.batch
+def _whole(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch, those of all processes put together, on the CPU."""
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
-    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(tensors | failure.generators, folder / "batch.safetensors")
-    save_file(trained_state(failure.program), folder / "model.safetensors")
-    state = {
-        "step": batch.step,
-        "first_row": batch.first_row,
+    every = {
+        name: gather.gather_padded(tensor) if tensor.dim() == 2 else gather.gather(tensor, differentiable=False)
+        for name, tensor in tensors.items()
+    }
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in every.items()}
+
+
+def _state(failure: Failure) -> dict[str, Any]:
+    return {
+        "step": failure.batch.step,
+        "first_row": 0,
         "precision": str(failure.precision).removeprefix("torch."),
         "reason": failure.step.skipped,
         "losses": {name: str(value) for name, value in failure.step.losses.items()},
     }
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from diptych.config import Train
 from diptych.errors import UserError
+from diptych.train import processes
 from diptych.train.checkpoint import generators
+from diptych.train.parallel import whole
 from diptych.train.program import Program
 from diptych.train.schedule import rate
 
@@ -60,8 +62,11 @@ def run(
     start: int = 0,
     after: Callable[[Step], None] = lambda step: None,
     failed: Callable[[Failure], str] = lambda failure: "",
+    forward: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> None:
     """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step.
+
+    forward: the program as it is called, where something is wrapped around it (`parallel.spread`).
 
     A step whose loss or gradient is no finite number changes nothing: `failed` hears of it and may say, for the
     person, where to look; the third in a row stops the run.
@@ -70,9 +75,11 @@ def run(
     dtype = precision(settings.precision, device)
     trained = [p for p in program.parameters() if p.requires_grad]
     warmup, in_a_row = max(1, round(settings.warmup * steps)), 0
+    forward = forward or program
     program.train()
     for number in range(start, steps):
         began = time.perf_counter()
+        processes.at(number)
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
@@ -81,10 +88,10 @@ def run(
         drawn, counted = generators(), _counted(program)
         program.before_step()
         with autocast(dtype, device):
-            losses = program(batch)
+            losses = forward(batch)
         losses["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf"))
-        told = {name: value.detach() for name, value in losses.items()}
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf")))
+        told = processes.means({name: value.detach() for name, value in losses.items()})
         reason = _not_finite(told, norm)
         if reason is None:
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Weights spread over processes (FSDP2).
+"""A program in several processes: the same weights in each (DDP), or spread over them (FSDP2).
 
 A unit is a group of weights that is made whole for a pass through its module and shared out again after it. Modules
 say in `entrances` which of their methods are called from outside a `forward`: these find their weights whole as well.
@@ -7,18 +7,49 @@ say in `entrances` which of their methods are called from outside a `forward`: t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from diptych.core.block import Block
 from diptych.core.surgery import is_frozen
 from diptych.train.program import Program
+
+
+def spread(program: Program, how: str) -> Callable[[Any], dict[str, Tensor]]:
+    """The program as it is to be called in each of several processes, with its gradients averaged over them.
+
+    how: "ddp" or "fsdp". In one process it is the program itself. Made before the optimizer.
+    """
+    if not dist.is_initialized():
+        return program
+    if how == "fsdp":
+        return shard(program)
+    place = next(program.parameters()).device
+    return DistributedDataParallel(
+        program,
+        device_ids=[place] if place.type == "cuda" else None,
+        process_group=dist.new_group(),  # objectives gather meanwhile, and messages are told apart by their order alone
+        find_unused_parameters=not program.trains_all,
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, made whole where it is spread over processes (all of which must ask)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, spread over processes where `like` is (all of which must ask)."""
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def _places(module: nn.Module) -> Counter[int]:

@@ -18,6 +18,7 @@ class Program(nn.Module):
     """
 
     entrances = ("encode", "loss")
+    trains_all = True  # whether every step gives each trained weight a gradient
 
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError

@@ -18,6 +18,7 @@ from diptych.models.vision import ImageTokens
 from diptych.objectives import contrastive, gather, language, matching
 from diptych.objectives.draws import choose, uniforms
 from diptych.objectives.targets import Ids
+from diptych.train.parallel import whole
 from diptych.train.program import Program, run_frozen
 
 
@@ -67,6 +68,7 @@ class Stage1(Program):
         super().__init__()
         self.image_encoder, self.model = image_encoder, model
         self.objectives, self.start_id, self.seed = objectives, start_id, seed
+        self.trains_all = all((objectives.itc, objectives.itm, objectives.lm))
         self.likeness: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class Stage1(Program):
 
     def vitals(self) -> dict[str, float]:
         """temperature; picture_likeness, text_likeness: the mean cosine between embeddings of the last batch."""
-        return {"temperature": self.model.temperature.item()} | {k: v.item() for k, v in self.likeness.items()}
+        return {"temperature": whole(self.model.temperature).item()} | {k: v.item() for k, v in self.likeness.items()}
 
     def look(self, batch: PairBatch) -> ImageTokens:
         if batch.tokens is not None:
@@ -131,19 +133,20 @@ class Stage1(Program):
     def matching(self, embeddings: Stage1Embeddings, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
         rank, _ = gather.world()
         first = sum(gather.counts(batch.ids.shape[0], batch.ids.device)[:rank])
-        count = share_of(self.objectives.matching_share, batch.ids.shape[0])
+        taken, due = share_of(self.objectives.matching_share, batch)
         allowed = matching.legal(
-            batch.image_id[:count], batch.caption_id[:count], *map(gather.gather, (batch.image_id, batch.caption_id))
+            batch.image_id, batch.caption_id, *map(gather.gather, (batch.image_id, batch.caption_id))
         )
         # LAVIS draws a picture for each text first, then a text for each picture
-        pictures = self.draw(matching.negative_weights(to_image[:count], allowed), batch, "negative picture")
-        texts = self.draw(matching.negative_weights(to_text[:count], allowed), batch, "negative text")
-        rows = first + torch.arange(count, device=pictures.device)
+        pictures = self.draw(matching.negative_weights(to_image, allowed), batch, "negative picture")[taken]
+        texts = self.draw(matching.negative_weights(to_text, allowed), batch, "negative text")[taken]
+        rows = first + torch.arange(len(allowed), device=pictures.device)[taken]
         pictures, texts, labels = matching.matching_rows(rows, pictures, texts)
         ids, mask = gather.gather_padded(batch.ids)[texts], gather.gather_padded(batch.mask)[texts]
         memory = self.seen_by(embeddings, pictures, first)
         logits = self.model.match(memory, *trimmed(ids, mask))
-        kept = torch.cat([allowed.new_ones(count), allowed.any(1), allowed.any(1)])
+        has_negative = allowed[taken].any(1)
+        kept = torch.cat([torch.ones_like(has_negative), has_negative, has_negative]) & due
         losses = matching.matching_loss(logits, labels) * kept
         return gather.mean(losses.sum(), kept.sum(), self.objectives.mean)
 
@@ -165,17 +168,24 @@ class Stage1(Program):
         return memory.join(self.model.qformer.project(everyone[others])).at(index)
 
     def captioning(self, past: Past, batch: PairBatch) -> Tensor:
-        rows = share_of(self.objectives.captioning_share, batch.ids.shape[0])
-        ids, mask = trimmed(batch.ids[:rows].clone(), batch.mask[:rows])
+        taken, due = share_of(self.objectives.captioning_share, batch)
+        ids, mask = trimmed(batch.ids[taken].clone(), batch.mask[taken])
         ids[:, 0] = self.start_id
-        logits, labels, _ = self.model.predict(past.first(rows), ids, mask)
-        losses = language.caption_loss(logits, labels, self.objectives.smoothing)
-        return gather.mean(losses.sum(), losses.numel(), self.objectives.mean)
+        logits, labels, _ = self.model.predict(past.at(taken), ids, mask)
+        losses = language.caption_loss(logits, labels, self.objectives.smoothing) * due
+        return gather.mean(losses.sum(), losses.numel() * due, self.objectives.mean)
 
 
-def share_of(share: float, rows: int) -> int:
-    """How many of `rows` a share of them is: at least one."""
-    return max(1, round(share * rows))
+def share_of(share: float, batch: PairBatch) -> tuple[Tensor | slice, bool]:
+    """The rows of a batch that are a share of it, the first and then evenly over the global batch however that is
+    split; and whether they count. Where this process has none, its first stands in and counts for nothing: every
+    process needs a gradient of every weight."""
+    if share == 1:
+        return slice(None), True
+    rows = batch.first_row + torch.arange(len(batch.ids) + 1, dtype=torch.float64, device=batch.ids.device)
+    before = (rows * share - 1e-9).ceil()
+    taken = (before[1:] > before[:-1]).nonzero().flatten()
+    return (taken, True) if len(taken) else (taken.new_zeros(1), False)
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

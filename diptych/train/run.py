@@ -21,15 +21,17 @@ from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate.inference import PictureText
-from diptych.train import checkpoint, loop
+from diptych.objectives import gather
+from diptych.train import checkpoint, loop, processes
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
 from diptych.train.features import pictures
 from diptych.train.health import Health
+from diptych.train.parallel import spread
 from diptych.train.schedule import optimizer
 from diptych.train.skipped import Skipped
-from diptych.train.watch import Watch
+from diptych.train.watch import Silent, Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
 # folder may, too, in their last bits: those of one picture depend on the others of its batch.)
@@ -42,6 +44,8 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.parallel",
+    "train.timeout",
 )
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
 
@@ -53,11 +57,19 @@ def device() -> torch.device:
 def train(settings: Settings, watch: Watch | None = None, resume: bool = False) -> Path:
     """Trains what `settings` say and gives the run's folder, which holds all that `load` needs.
 
-    resume: goes on from the folder's newest checkpoint, to the same bits as if it had never been stopped.
+    resume: goes on from the folder's newest checkpoint, to the same bits as if it had never been stopped. Started by
+    torchrun, it trains in all the processes that there are.
     """
+    with processes.joined(settings.train.timeout):
+        told = watch or (Watch if processes.is_first() else Silent)(Path(settings.out), settings.train.log_every)
+        return _train(settings, told, resume)
+
+
+def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     out = Path(settings.out)
-    watch = watch or Watch(out, settings.train.log_every)
+    _fits(settings)
     begun = _begun(out, settings, resume)
+    processes.wait()  # all have looked before one writes
     faults: list[Fault] = []
     parts = splits(settings, watch.say, faults)
     texts = [text for record in parts["train"] for text in record.captions]
@@ -66,21 +78,26 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
     program = built.program.to(device())
     frozen = checkpoint.frozen_fingerprints(program)
     program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
-    moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
     batches = _batches(settings, built, parts["train"], watch, faults)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
     data = _data(parts["train"], batches.records)
     if begun:
         _same_data(out, data)
-    else:
-        _begin(out, built, data)
-    _write_settings(out, settings)
+    if processes.is_first():
+        if not begun:
+            _begin(out, built, data)
+        _write_settings(out, settings)
+    processes.wait()
     skipped = Skipped(out)
     skipped.add(faults)
+    rank, _ = gather.world()
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
-        torch.manual_seed(settings.train.seed)  # from here on only the steps draw
-        if begun:
-            watch.start = _go_on(kept, program, moves, watch)
+        torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
+        newest = _go_on(kept, program, watch) if begun else None
+        call = spread(program, settings.train.parallel)
+        moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
+        if newest is not None:
+            checkpoint.load_training(newest, program, moves)
         health = Health(watch.say)
 
         def after(step: loop.Step) -> None:
@@ -92,7 +109,8 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
 
         with watch:
             stream = skipped.heard(batches.read(watch.start, steps, settings.data.workers))
-            loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out))
+            loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out), call)
+    processes.wait()
     skipped.tell(watch.say)
     return out
 
@@ -122,15 +140,25 @@ def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _go_on(kept: Checkpoints, program: torch.nn.Module, moves: torch.optim.Optimizer, watch: Watch) -> int:
-    """Takes program, optimizer and random numbers back to the newest checkpoint; gives the steps done by then."""
+def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> Path | None:
+    """Takes the program's weights and `watch` back to the newest checkpoint, and gives its folder."""
     if not kept.newest_first():
         watch.say(f"{kept.folder}: no checkpoint yet; the run begins anew")
-        return 0
+        return None
     folder, state = kept.load(program, watch.say, training=True)
-    checkpoint.load_training(folder, program, moves)
     watch.say(f"going on from {folder}, after step {state['step']}")
-    return state["step"]
+    watch.start = state["step"]
+    return folder
+
+
+def _fits(settings: Settings) -> None:
+    """Refuses what several processes can't do."""
+    _, size = gather.world()
+    if size > 1 and settings.data.cache == "memory":
+        raise UserError(
+            f"data.cache=memory would make and hold all features in each of {size} processes: "
+            "give data.cache=disk, which they share, or data.cache=none"
+        )
 
 
 def _batches(
@@ -143,6 +171,7 @@ def _batches(
         settings.data.captions,
         settings.data.max_tokens,
         settings.train.seed,
+        processes.part,
     )
 
 

@@ -10,25 +10,26 @@ from pathlib import Path
 
 from diptych.data.pairs import PairBatch
 from diptych.data.readers.faults import Fault
+from diptych.objectives import gather
 
 
 def read(run: Path) -> list[Fault]:
-    """The faults that a run's folder names."""
-    file = run / "skipped.jsonl"
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, TypeError):  # a line that was being written when the run was killed
-            found.append(Fault(**json.loads(line)))
-    return found
+    """The faults that a run's folder names, each once."""
+    found = {}
+    for file in sorted(run.glob("skipped*.jsonl")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):  # a line that was being written when the run was killed
+                found[Fault(**json.loads(line))] = None
+    return [*found]
 
 
 class Skipped:
-    """Adds faults to `skipped.jsonl` in a run's folder, as they are met, each once."""
+    """Adds faults to `skipped.jsonl` in a run's folder, as they are met, each once; the third of several processes to
+    `skipped.2.jsonl`."""
 
     def __init__(self, run: Path):
-        self.file = run / "skipped.jsonl"
+        rank, _ = gather.world()
+        self.run, self.file = run, run / (f"skipped.{rank}.jsonl" if rank else "skipped.jsonl")
         self.known = dict.fromkeys(read(run))
         self.cut = self.file.exists() and not self.file.read_bytes().endswith(b"\n")  # by a kill
 
@@ -49,7 +50,7 @@ class Skipped:
 
     def tell(self, say: Callable[[str], None]) -> None:
         """One line, if there is anything to tell."""
-        if self.known:
-            kinds = Counter(fault.kind for fault in self.known).most_common(3)
+        if known := read(self.run):
+            kinds = Counter(fault.kind for fault in known).most_common(3)
             told = ", ".join(f"{count} {kind}" for kind, count in kinds)
-            say(f"left out, {len(self.known)} in all ({told}{', …' if len(kinds) == 3 else ''}): see {self.file}")
+            say(f"left out, {len(known)} in all ({told}{', …' if len(kinds) == 3 else ''}): see {self.file}")

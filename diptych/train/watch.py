@@ -130,6 +130,26 @@ class Watch:
         return _duration(pace * (steps - done))
 
 
+class Silent(Watch):
+    """Of a process beside the first, which speaks for all."""
+
+    def say(self, line: str) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def step(self, step: Step, steps: int, batch: int) -> None:
+        pass
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

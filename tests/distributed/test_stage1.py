@@ -37,6 +37,7 @@ OBJECTIVES = {
     "itc": Stage1Objectives(itm=0.0, lm=0.0),
     "itm": Stage1Objectives(itc=0.0, lm=0.0),
     "lm": Stage1Objectives(itc=0.0, itm=0.0),
+    "shares": Stage1Objectives(matching_share=0.5, captioning_share=0.5),
 }
 
 

@@ -256,9 +256,9 @@ def test_the_first_rows_alone_go_on_as_they_did():
     past = Past.empty(3)
     model(ids, (torch.arange(4) < lengths).long(), past=past)
     past.next_position, past.positions = lengths, past.positions.expand(3, -1)
-    fewer = past.first(2)
+    fewer = past.at(slice(2))
     more = words(3, 2)
-    torch.testing.assert_close(model(more[:2], past=fewer), model(more, past=past.first(3))[:2], **EXACT)
+    torch.testing.assert_close(model(more[:2], past=fewer), model(more, past=past.at(slice(3)))[:2], **EXACT)
     assert fewer.positions.shape == (2, 6) and past.length == 4
 
 

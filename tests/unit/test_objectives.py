@@ -19,7 +19,7 @@ from diptych.models.qformer import QFormerConfig
 from diptych.objectives import contrastive, gather, language, matching
 from diptych.objectives.draws import choose, uniforms
 from diptych.objectives.targets import Ids, Soft, diagonal
-from diptych.train.programs import Stage1, Stage1Objectives
+from diptych.train.programs import Stage1, Stage1Objectives, share_of
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 ROWS, QUERIES, DEC = 5, 3, 12
@@ -311,14 +311,20 @@ def test_draws_are_those_of_the_global_row():
 
 
 def test_a_share_of_the_rows_for_matching_and_captioning():
-    """The first 2 of 5 rows (0.4) take part, against all five as negatives."""
-    made = injected(program(Stage1Objectives(matching_share=0.4, captioning_share=0.4)), [4, 3], [3, 2])
+    """Two of 5 rows (0.4) take part, against all five as negatives; which, the global batch says, however split."""
+    some = Stage1Objectives(matching_share=0.4, captioning_share=0.4)
+    made = injected(program(some), [4, 0, 3, 0, 0], [3, 0, 4, 0, 0])
     ours, rows = made(batch()), batch()
-    pictures, texts, labels = matching.matching_rows(torch.arange(2), torch.tensor([4, 3]), torch.tensor([3, 2]))
+    taken = torch.tensor([0, 2])
+    assert torch.equal(share_of(0.4, rows)[0], taken)
+    for part, found in ((slice(0, 2), ([0], True)), (slice(1, 5), ([1], True)), (slice(3, 5), ([0], False))):
+        local, due = share_of(0.4, replace(rows, ids=rows.ids[part], first_row=part.start))
+        assert (local.tolist(), due) == found
+    pictures, texts, labels = matching.matching_rows(taken, torch.tensor([4, 3]), torch.tensor([3, 4]))
     logits = made.model.match(made.model.project(rows.tokens).at(pictures), rows.ids[texts], rows.mask[texts])
     torch.testing.assert_close(ours["itm"], F.cross_entropy(logits, labels), **EXACT)
     short = program(Stage1Objectives(itc=0, itm=0))
-    torch.testing.assert_close(ours["lm"], short(permuted(rows, torch.arange(2)))["lm"], **EXACT)
+    torch.testing.assert_close(ours["lm"], short(permuted(rows, taken))["lm"], **EXACT)
 
 
 def test_weights_of_objectives_add_up():
