@@ -121,10 +121,12 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     chosen = config.load(recipe, settings)
     if not as_json:
         click.echo(config.dump(chosen))
+    from diptych.data.readers.source import shard_files
     from diptych.train.build import splits
     from diptych.train.cost import cost
 
-    has_data = chosen.data.path is not None and Path(chosen.data.path).exists()
+    path = chosen.data.path
+    has_data = path is not None and (Path(path).exists() or bool(shard_files(Path(path))))
     found = cost(chosen, splits(chosen)["train"] if has_data else None)
     if as_json:
         from dataclasses import asdict
@@ -260,8 +262,10 @@ def _check_run(folder: Path) -> None:
 
 
 def _check_pictures(paths: Sequence[str]) -> None:
+    from diptych.data import files
+
     for path in paths:
-        if not Path(path).is_file():
+        if not files.is_file(path):
             raise UserError(f"{path}: there is no such picture")
 
 
@@ -323,6 +327,40 @@ def check(path: str, images: str | None, split: str | None, workers: int, clean:
         raise click.exceptions.Exit(1)
 
 
+@data.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--images", help="The folder that the pictures' paths start from.")
+@click.option("--split", help="Pack this one only; default: train, val and test, or all that a file names.")
+@click.option("--size-mb", type=click.IntRange(min=1), default=256, show_default=True, help="Size of a shard.")
+@click.option("--per-shard", type=click.IntRange(min=1), metavar="N", help="So many pictures a shard, of any size.")
+@click.option("--on-bad", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Bad pictures.")
+def pack(
+    source: str, out: str, images: str | None, split: str | None, size_mb: int, per_shard: int | None, on_bad: str
+) -> None:
+    """Pack the data set at SOURCE into tar shards in the folder OUT.
+
+    They are in WebDataset's layout, with an index, and can be trained on like SOURCE itself. Pictures stay as they are.
+    Stopped at any moment, the same command goes on.
+    """
+    from diptych.data.check import SHOWN
+    from diptych.data.pack import pack
+    from diptych.data.readers import splits
+
+    names = [split] if split else _files_by_split(source)
+    names = [*splits(source)] or names if names == [None] else names
+    limits = {"size_mb": size_mb, "per_shard": per_shard}
+    made = pack(source, out, names, images=images, skip=on_bad == "skip", say=click.echo, **limits)
+    for name, packed in made.items():
+        left_out = packed.left_out
+        click.echo(f"{name}: {packed.pictures:,} pictures in {packed.shards:,} shards; {len(left_out):,} left out")
+        for fault in left_out[:SHOWN]:
+            click.echo(f"- {fault.where}: {fault.message}")
+        if len(left_out) > SHOWN:
+            click.echo(f"- and {len(left_out) - SHOWN:,} more, which `diptych data check {source}` names")
+    click.echo(f"Next: diptych train photos data.path={out} out=runs/mine")
+
+
 def _check_new(file: str) -> None:
     """Before every picture is opened."""
     if not file.endswith(".jsonl"):
@@ -334,8 +372,13 @@ def _check_new(file: str) -> None:
 
 
 def _files_by_split(path: str) -> list[str | None]:
-    """The usual splits that a folder has a file of each for; else None alone: all that is there at once."""
+    """The splits of shards, or the usual ones that a folder has a file of each for; else None alone: all at once."""
+    from diptych.data.readers import splits
+    from diptych.data.readers.source import shard_files
+
     here = [name for name in ("train", "val", "test") if any(Path(path).glob(f"{name}.*"))]
+    if shard_files(Path(path)):
+        here = splits(path)
     return [*here] if len(here) > 1 else [None]
 
 

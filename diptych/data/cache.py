@@ -15,6 +15,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from diptych.data.files import read
 from diptych.errors import UserError
 
 SHARD = 2**30  # bytes of tokens after which the next shard is begun
@@ -26,7 +27,7 @@ def name(path: str | Path) -> str | None:
     """32 hexadecimal digits of a file's bytes; None where there is no such file, or it may not be read. UserError where
     the machine can't."""
     try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(read(path), digest_size=16).hexdigest()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         return None
     except OSError as error:

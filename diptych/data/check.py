@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diptych.data.files import opened
 from diptych.data.pictures import BadPicture, decode
 from diptych.data.readers import load
 from diptych.data.readers.faults import Collecting, Fault
@@ -202,7 +203,7 @@ def _oddities(picture: Image.Image, record: Record) -> list[Fault]:
 
 
 def _is_animated(path: str) -> bool:
-    with suppress(Exception), Image.open(path) as picture:
+    with suppress(Exception), opened(path) as file, Image.open(file) as picture:
         return getattr(picture, "is_animated", False)
     return False
 

@@ -1,9 +1,8 @@
-"""Pictures from files: in RGB, or the fault that keeps them from being used."""
+"""Pictures from files and tars: in RGB, or the fault that keeps them from being used."""
 
 from __future__ import annotations
 
 import errno
-import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diptych.data.files import opened
 from diptych.data.readers.faults import Fault
 from diptych.errors import UserError
 
@@ -35,11 +35,13 @@ def open_picture(path: str | Path, where: str = "") -> Image.Image:
 def decode(path: str | Path, where: str = "") -> Image.Image:
     """A picture's pixels as the file has them. Raises BadPicture where there are none, or not all."""
     try:
-        if os.path.getsize(path) == 0:
-            raise BadPicture("empty picture file", path, where, "is empty (0 bytes)")
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        with opened(path) as file:
+            if not file.read(1):
+                raise BadPicture("empty picture file", path, where, "is empty (0 bytes)")
+            file.seek(0)
+            with Image.open(file) as picture:
+                picture.load()
+                return picture
     except BadPicture:
         raise
     except FileNotFoundError:

@@ -99,6 +99,8 @@ def test_argument_mistakes_are_told_in_clicks_own_way():
         (["data", "check", "nowhere"], "nowhere"),
         (["data", "scenes", "out", "--preset", "simpel"], "did you mean 'simple'?"),
         (["data", "scenes", "out", "--size", "1"], "size=1"),
+        (["data", "pack", "nowhere", "out"], "nowhere is not there"),
+        (["data", "pack", "nowhere", "out", "--split", "val"], "nowhere is not there"),
         (["convert", "nowhere.pth", "out", "--to", "diptych"], "nowhere.pth: no such file or folder"),
     ],
 )
@@ -188,6 +190,33 @@ def test_check_exits_with_1_on_a_fault(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     checked = run("data", "check", tmp_path / "rows.jsonl")
     assert checked.exit_code == 1 and "absent.png" in checked.output
+
+
+def test_data_pack_and_check(tmp_path):
+    """Split by split; the same command goes on; of what is left out some are named."""
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    run("data", "scenes", scenes, "--train", 3, "--val", 2, "--test", 2, "--unseen", 2, "--size", 32)
+    made = run("data", "pack", scenes, out, "--per-shard", 2)
+    assert made.exit_code == 0 and "train-000001.tar: 1 pictures" in made.output, made.output
+    assert "train: 3 pictures in 2 shards; 0 left out" in made.output and "data.path=" in made.output
+    assert "unseen" not in made.output
+    assert run("data", "pack", scenes, out, "--split", "test_unseen").exit_code == 0
+    again = run("data", "pack", scenes, out, "--per-shard", 2)
+    assert "train: 3 pictures in 2 shards" in again.output and ".tar" not in again.output
+    assert "was packed with 2 pictures a shard" in one_line(run("data", "pack", scenes, out, "--size-mb", 9))
+    checked = run("data", "check", out)
+    assert checked.exit_code == 0
+    for name, count in (("test", 2), ("test_unseen", 2), ("train", 3), ("val", 2)):
+        assert checked.output.split(f"\n{name}\n")[1].split("pictures")[1].split()[0] == str(count)
+    rows = "".join(f"gone{n}.png,y\n" for n in range(25))
+    (tmp_path / "bad.csv").write_text("image,caption\nscenes/images/train_0000000.png,x\n" + rows)
+    assert "bad.csv, line 3" in one_line(run("data", "pack", tmp_path / "bad.csv", tmp_path / "no"))
+    skipped = run("data", "pack", tmp_path / "bad.csv", tmp_path / "some", "--on-bad", "skip").output
+    assert (
+        "train: 1 pictures in 1 shards; 25 left out" in skipped and "- bad.csv, line 3: picture 'gone0.png'" in skipped
+    )
+    assert skipped.count("gone") == 20 and "- and 5 more" in skipped
+    assert max(map(len, run("data", "pack", "--help").output.splitlines())) <= 80
 
 
 def test_a_cost_is_told_with_units_in_80_columns():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diptych.data.readers import schemas
 from diptych.data.readers.faults import Collecting, Fault, Listener, Strict
 from diptych.data.readers.gather import Places, gather, place
 from diptych.data.readers.schemas import Parse, Row
-from diptych.data.readers.source import FORMATS, SUFFIXES, annotation_files, load_json, locate
+from diptych.data.readers.shards import labelled, shards
+from diptych.data.readers.source import FORMATS, SUFFIXES, annotation_files, load_json, locate, shard_files
 from diptych.data.records import Record
 from diptych.errors import UserError
 
@@ -35,8 +36,9 @@ def read(
 ) -> list[Record]:
     """The pictures and captions of a file or a folder, one record a picture, in the order of the file.
 
-    path: an annotations file, a folder that holds one, or a folder of pictures with a .txt beside each. images: the
-    folder that the pictures' paths start from; without it, `images/` beside the file and then the file's own folder.
+    path: an annotations file, a folder that holds one, a folder of pictures with a .txt beside each, or tar shards: a
+    folder of them, one, or a pattern as `train-{000..012}.tar`. images: the folder that the pictures' paths start from;
+    without it, `images/` beside the file and then the file's own folder.
     split: rows of that split only (`restval` counts to train), or the file `<split>.*` of a folder. limit: so many
     pictures at most. Captions lose the white space at their ends. Pictures without a caption are left out, and their
     number logged. Every picture is known to be there. Raises UserError at the first fault, naming file and row; where
@@ -59,9 +61,12 @@ def read(
 def splits(path: str | Path, *, format: str = "auto") -> tuple[str, ...]:
     """The splits that a data set names, in order of appearance; empty where it has none, and wants a hold-out.
 
-    These are the labels of a file's rows, or the names (train, val, test, …) of the files that a folder holds.
+    These are the labels of a file's rows, or the names (train, val, test, …) of the files that a folder holds, or what
+    its shards' names begin with.
     """
     folder = Path(path).expanduser()
+    if tars := shard_files(folder, format):
+        return _distinct(label for _, label in labelled(tars))
     if folder.is_dir() and format != "folder":
         files = annotation_files(folder)
         if len(files) > 1:
@@ -70,7 +75,11 @@ def splits(path: str | Path, *, format: str = "auto") -> tuple[str, ...]:
     parse = Parse(file, Collecting())  # faults are told by whoever reads the rows
     for _ in _rows(parse, format):
         pass
-    return tuple(dict.fromkeys("train" if label == "restval" else label for label in parse.splits))
+    return _distinct(parse.splits)
+
+
+def _distinct(labels: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys("train" if label == "restval" else label for label in labels))
 
 
 def load(
@@ -83,18 +92,21 @@ def load(
 ) -> list[Record]:
     """`read`, with the faults told to `tell`. Raises UserError where the file as a whole is no data set."""
     file = locate(path, split, format)
-    where = None
+    tars = shard_files(file, format)
+    where = Path("/") if tars else None  # shards name their pictures by the whole path
     if images is not None:
         where = Path(images).expanduser()
         if not where.is_dir():
             raise UserError(f"images={images} is not a folder: give the folder that holds the pictures")
+        if tars:
+            raise UserError(f"{file}: the pictures of shards lie in the shards: leave out images=")
         if file.is_dir():
             raise UserError(f"{file} is read as a folder of pictures with .txt files beside them: leave out images=")
     parse = Parse(file, tell, split)
-    rows = gather(_rows(parse, format), tell)
+    rows = gather(shards(parse, tars) if tars else _rows(parse, format), tell)
     parse.end()
     if not rows and not tell.faults:
-        raise UserError(_nothing(file))
+        raise UserError(f"{file} holds no picture with a caption" if tars else _nothing(file))
     return place(rows[:limit], Places.of(file, where), tell)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diptych.data import files
 from diptych.data.readers.faults import Listener, shown
 from diptych.data.readers.schemas import Row
 from diptych.data.records import Record
@@ -64,7 +65,7 @@ def place(rows: Sequence[Row], places: Places, tell: Listener) -> list[Record]:
             message = f"picture {shown(out)} lies outside {places.root}: give images=FOLDER to allow it"
             tell.fault("outside the data folder", row.where, message)
             continue
-        found = next((path for path in places.candidates(row.names) if os.path.isfile(path)), None)
+        found = next((path for path in places.candidates(row.names) if files.is_file(path)), None)
         if found is None:
             missing.append(row)
             continue

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data.readers.faults import Listener, listed, shown
-from diptych.data.readers.source import text_lines
+from diptych.data.readers.source import PICTURE_SUFFIXES, text_lines
 from diptych.errors import UserError, nearest
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 

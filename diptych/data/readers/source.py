@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diptych.data.files import TAR
 from diptych.data.readers.faults import Listener, listed
 from diptych.errors import UserError, nearest
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
 FORMATS = {  # format → the kinds of file that may hold it
     "coco": ("json",),
@@ -17,11 +21,15 @@ FORMATS = {  # format → the kinds of file that may hold it
     "jsonl": ("jsonl", "json"),
     "csv": ("csv",),
     "folder": (),
+    "shards": (),
 }
+NUMBERED = re.compile(r"(?:.*[-_.])?[0-9]+\.tar", re.DOTALL)  # `000.tar`, `train-000.tar`; not `val2014.tar`
+BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 
 
 def locate(path: str | Path, split: str | None, format: str) -> Path:
-    """The annotations file that `path` names, or `path` itself when it is a folder of pictures with .txt files.
+    """The annotations file that `path` names, or `path` itself when it means shards, or a folder of pictures with .txt
+    files.
 
     A folder gives `<split>.json` (.jsonl, .csv, .tsv) if it has that, else its only annotations file, else its
     sub-folder `<split>`, else itself. Raises UserError when there is nothing, or several files to choose from.
@@ -29,8 +37,15 @@ def locate(path: str | Path, split: str | None, format: str) -> Path:
     if format != "auto" and format not in FORMATS:
         raise UserError(f"format '{format}' is unknown (known: auto, {', '.join(FORMATS)}){nearest(format, FORMATS)}")
     path = Path(path).expanduser()
+    if shard_files(path, format):
+        return path
     if not path.exists():
         raise UserError(f"{path} is not there{_neighbour(path)}")
+    if format == "shards":
+        folder = _sub_folder(path, split)
+        if folder is None:
+            raise UserError(f"{path} holds no .tar file to read as format 'shards'")
+        return locate(folder, None, format)
     if format == "folder":
         if not path.is_dir():
             raise UserError(f"{path} is a file, and format 'folder' wants a folder: leave out format=")
@@ -53,6 +68,50 @@ def locate(path: str | Path, split: str | None, format: str) -> Path:
         suffixes = " or ".join(suffix for suffix, kind in SUFFIXES.items() if kind in kinds)
         raise UserError(f"{path} holds no {suffixes} file to read as format '{format}'")
     return found[0] if found else path
+
+
+def shard_files(path: Path, format: str = "auto") -> list[Path]:
+    """The absolute paths of the tars that `path` means, in order: itself, those of a pattern as `train-{000..012}.tar`,
+    or a folder's. Empty where it means something else.
+
+    Of a folder with sub-folders, pictures or annotations too, tars without a number are nobody's: they may be what it
+    was downloaded as. Raises UserError where some tars of a pattern are missing.
+    """
+    if format not in ("auto", "shards"):
+        return []
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        return _shards_of(path, format == "shards")
+    if path.suffix != TAR:
+        return []
+    tars = [path] if path.is_file() else [Path(name) for name in _expanded(str(path))]
+    missing = [tar for tar in tars if not tar.is_file()]
+    if len(missing) == len(tars):
+        return []
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of its {len(tars)} shards are missing, the first {missing[0]}")
+    return tars
+
+
+def _shards_of(folder: Path, sure: bool) -> list[Path]:
+    with os.scandir(folder) as entries:
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    tars = [name for name, is_folder in seen if name.endswith(TAR) and not is_folder]
+    if tars and not sure and not any(NUMBERED.fullmatch(tar) for tar in tars):
+        others = (*SUFFIXES, *PICTURE_SUFFIXES)
+        if any(is_folder or name.lower().endswith(others) for name, is_folder in seen):
+            return []
+    return [folder / tar for tar in tars]
+
+
+def _expanded(pattern: str) -> list[str]:
+    """`a{08..10}` is a08, a09 and a10, `a{b,c}` ab and ac, as a shell has it."""
+    braces = BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, last, words = braces.groups()
+    many = words.split(",") if words else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return [done for word in many for done in _expanded(pattern[: braces.start()] + word + pattern[braces.end() :])]
 
 
 def annotation_files(folder: Path, kinds: tuple[str, ...] = ("json", "jsonl", "csv")) -> list[Path]:
@@ -80,7 +139,7 @@ def text_lines(file: Path, tell: Listener) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                tell.fault("not UTF-8", f"{file}, line {number}", _not_utf8(error))
+                tell.fault("not UTF-8", f"{file}, line {number}", not_utf8(error))
                 yield "\n"
 
 
@@ -95,7 +154,7 @@ def load_json(file: Path) -> Any:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: {_not_utf8(error)}") from None
+        raise UserError(f"{file}, line {line}: {not_utf8(error)}") from None
     if not text.strip():
         raise UserError(f"{file} is empty")
     try:
@@ -115,5 +174,5 @@ def _opened(file: Path):
         raise UserError(f"{file} cannot be opened: {error.strerror}") from None
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
