@@ -111,9 +111,11 @@ class Objectives(Section):
 class Train(Section):
     """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
     to `final_lr` times `lr`. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the machine
-    computes it fast, else float32. checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps
-    between checkpoints, 0 = at the end alone; keep: how many stay. Under torchrun, parallel: "ddp" keeps all weights in
-    each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is given up."""
+    computes it fast, else float32; "float16" scales its loss, for GPUs without bfloat16. ema: a moving average of the
+    weights, which keeps this much of itself a step (0.999, say; 0 = none), and which the run is then used with.
+    checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps between checkpoints, 0 = at the
+    end alone; keep: how many stay. Under torchrun, parallel: "ddp" keeps all weights in each process, "fsdp" spreads
+    them; timeout: seconds after which a process that is waited for is given up."""
 
     batch: int = Field(64, gt=1)
     epochs: int = Field(10, gt=0)
@@ -124,7 +126,8 @@ class Train(Section):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, ge=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    ema: float = Field(0.0, ge=0, lt=1)
     checkpoint_last: int = Field(0, ge=0)
     seed: int = 0
     log_every: int = Field(10, gt=0)

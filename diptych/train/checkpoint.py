@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 from diptych.objectives import gather
+from diptych.train.average import Average
+from diptych.train.moves import Moves
 from diptych.train.parallel import shared_like, whole
 
 VERSION = 2
+SCALE = "scale"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
@@ -93,19 +96,26 @@ class Checkpoints:
         self,
         step: int,
         program: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        moves: Moves | None,
         state: dict[str, Any],
         frozen: dict[str, str] | None = None,
     ) -> None:
         """Begins to keep the run as it is after `step` steps; waits for the one before, whose failure is told now.
 
-        optimizer: None for weights that were converted and have no moments. state: what JSON can hold. frozen: the
+        moves: None for weights that were converted and have no moments. state: what JSON can hold. frozen: the
         program's `frozen_fingerprints`, where they are known already.
         """
         self.wait()
-        files = {"model.safetensors": trained_state(program)}
-        if optimizer is not None:
-            files["training.safetensors"] = _moments(program, optimizer) | everyones_generators()
+        weights = trained_state(program)
+        files = {"model.safetensors": weights}
+        if moves is not None:
+            files["training.safetensors"] = _moments(program, moves) | everyones_generators()
+        if (
+            moves is not None and moves.average is not None
+        ):  # is what the run is used with; the weights themselves go on
+            averages = {name: _copy(tensor) for name, tensor in moves.average.weights.items()}
+            files["training.safetensors"] |= {f"weight/{name}": weights[name] for name in averages}
+            files["model.safetensors"] = weights | averages
         if gather.world()[0] > 0:  # of several processes all make the weights whole, and the first writes them
             return
         frozen = frozen_fingerprints(program) if frozen is None else frozen
@@ -204,14 +214,24 @@ def fill(program: nn.Module, kept: dict[str, Tensor], file: Path) -> None:
                 tensor.copy_(kept[name])
 
 
-def load_training(folder: Path, program: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Gives an optimizer of `program` its moments of a checkpoint, and random numbers the state they had."""
+def load_training(folder: Path, program: nn.Module, moves: Moves) -> None:
+    """Gives what moves `program`, which was filled from it, its state in a checkpoint, and random numbers theirs."""
     file = folder / "training.safetensors"
     try:
         kept = load_file(file)
     except (SafetensorError, OSError) as error:
         raise Damaged(f"{file}: the optimizer's moments can't be read ({error})") from None
     set_generators(_own({name: kept.pop(name) for name in list(kept) if name.startswith("generator.")}))
+    if moves.scaler.is_enabled() and SCALE in kept:
+        scale, tracker = kept.pop(SCALE).tolist()
+        moves.scaler.load_state_dict(moves.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
+    weights = {name: kept.pop(name) for name in list(kept) if name.startswith("weight/")}
+    _take_moments(file, kept, program, moves.optimizer)
+    if moves.average is not None:
+        _take_weights(weights, program, moves.average)
+
+
+def _take_moments(file: Path, kept: dict[str, Tensor], program: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     moved = {name.partition("/")[2] for name in kept}
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
     # a parameter that never had a gradient has no moments, as the head of an objective that is off
@@ -225,10 +245,24 @@ def load_training(folder: Path, program: nn.Module, optimizer: torch.optim.Optim
         optimizer.state[like][kind] = moment if kind == "step" else shared_like(moment, like)
 
 
-def _moments(program: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """ "exp_avg/name of a parameter" → a copy, whole however it is sharded."""
+@torch.no_grad()
+def _take_weights(weights: dict[str, Tensor], program: nn.Module, average: Average) -> None:
+    """What `program` was filled with are the averages; `weights` are what they follow."""
+    for name, parameter in program.named_parameters():
+        if f"weight/{name}" in weights:
+            average.weights[name].copy_(parameter)
+            parameter.copy_(shared_like(weights[f"weight/{name}"].to(parameter.device), parameter))
+
+
+def _moments(program: nn.Module, moves: Moves) -> dict[str, Tensor]:
+    """ "exp_avg/name of a parameter" → a copy, whole however it is sharded; and the scale of float16's loss."""
     names = {parameter: name for name, parameter in program.named_parameters()}
-    return {f"{kind}/{names[p]}": _copy(t) for p, kept in optimizer.state.items() for kind, t in kept.items()}
+    states = moves.optimizer.state.items()
+    found = {f"{kind}/{names[p]}": _copy(t) for p, kept in states for kind, t in kept.items()}
+    if moves.scaler.is_enabled():
+        told = moves.scaler.state_dict()
+        found[SCALE] = torch.tensor([told["scale"], told["_growth_tracker"]], dtype=torch.float64)
+    return found
 
 
 def generators() -> dict[str, Tensor]:

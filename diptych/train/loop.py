@@ -15,6 +15,7 @@ from diptych.config import Train
 from diptych.errors import UserError
 from diptych.train import processes
 from diptych.train.checkpoint import generators
+from diptych.train.moves import Moves
 from diptych.train.parallel import whole
 from diptych.train.program import Program
 from diptych.train.schedule import rate
@@ -55,7 +56,7 @@ def autocast(dtype: torch.dtype, device: torch.device):
 
 def run(
     program: Program,
-    optimizer: torch.optim.Optimizer,
+    moves: Moves,
     batches: Iterator,
     settings: Train,
     steps: int,
@@ -68,7 +69,8 @@ def run(
 
     forward: the program as it is called, where something is wrapped around it (`parallel.spread`).
 
-    A step whose loss or gradient is no finite number changes nothing: `failed` hears of it and may say, for the
+    In float16 a step whose gradients overflow moves nothing and halves their scale, which is usual at the start. A step
+    whose loss or gradient is no finite number changes nothing: `failed` hears of it and may say, for the
     person, where to look; the third in a row stops the run.
     """
     device = next(p for p in program.parameters() if p.requires_grad).device
@@ -83,26 +85,30 @@ def run(
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
-        for group in optimizer.param_groups:
+        for group in moves.optimizer.param_groups:
             group["lr"] = lr
         drawn, counted = generators(), _counted(program)
         program.before_step()
         with autocast(dtype, device):
             losses = forward(batch)
-        losses["loss"].backward()
+        moves.scaler.scale(losses["loss"]).backward()
+        moves.scaler.unscale_(moves.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf")))
         told = processes.means({name: value.detach() for name, value in losses.items()})
-        reason = _not_finite(told, norm)
+        reason, overflow = _not_finite(told, norm), _overflow(told, norm, moves.scaler)
         if reason is None:
-            optimizer.step()
+            moves.step(program, number)
             in_a_row = 0
-        optimizer.zero_grad(set_to_none=True)
+        moves.scaler.update()
+        moves.optimizer.zero_grad(set_to_none=True)
         if reason is None:
             program.after_step()
         else:
             _take_back(counted)
+        reason = None if overflow else reason
         values = {name: float(value) for name, value in told.items()}
-        step = Step(number, values, lr, float(norm), waited, time.perf_counter() - began, program.vitals(), reason)
+        vitals = program.vitals() | ({"scale": moves.scaler.get_scale()} if moves.scaler.is_enabled() else {})
+        step = Step(number, values, lr, float(norm), waited, time.perf_counter() - began, vitals, reason)
         if reason is not None:
             in_a_row += 1
             look = failed(Failure(step, batch, drawn, dtype, program))
@@ -135,6 +141,12 @@ def _counted(program: Program) -> list[tuple[Tensor, Tensor]]:
 def _take_back(counted: list[tuple[Tensor, Tensor]]) -> None:
     for buffer, before in counted:
         buffer.copy_(before)
+
+
+def _overflow(losses: dict[str, Tensor], norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
+    """Whether it is for their scale alone that gradients are no finite numbers."""
+    sound = all(bool(torch.isfinite(value)) for value in losses.values())
+    return scaler.is_enabled() and sound and not torch.isfinite(norm) and scaler.get_scale() > 1
 
 
 def _not_finite(losses: dict[str, Tensor], norm: Tensor) -> str | None:

@@ -6,6 +6,7 @@ say in `entrances` which of their methods are called from outside a `forward`: t
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -47,6 +48,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_spread(program: nn.Module) -> bool:
+    """Whether its weights lie in parts in several processes."""
+    return any(isinstance(parameter, DTensor) for parameter in program.parameters())
+
+
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread over processes where `like` is (all of which must ask)."""
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
@@ -74,6 +80,10 @@ def shard(program: Program, mesh: DeviceMesh | None = None) -> Program:
     made. Every process must hold the same weights; afterwards parameters are `DTensor`s."""
     if mesh is None:
         mesh = init_device_mesh(next(program.parameters()).device.type, (dist.get_world_size(),))
+    # Nothing here changes a block's output in place, of which FSDP warns at each (gradients are held by a test).
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for parameter in program.parameters():  # FSDP takes no others: channels-last kernels are laid out anew
+        parameter.data = parameter.data.contiguous()
     for part in units(program):
         # a guest's output may be of a kind that FSDP can't watch for its backward pass: it stays whole until then
         fully_shard(part, mesh=mesh, reshard_after_forward=isinstance(part, Block) or is_frozen(part))

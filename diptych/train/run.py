@@ -28,8 +28,8 @@ from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
 from diptych.train.features import pictures
 from diptych.train.health import Health
+from diptych.train.moves import moves_of
 from diptych.train.parallel import spread
-from diptych.train.schedule import optimizer
 from diptych.train.skipped import Skipped
 from diptych.train.watch import Silent, Watch
 
@@ -95,7 +95,7 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
         torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
         newest = _go_on(kept, program, watch) if begun else None
         call = spread(program, settings.train.parallel)
-        moves = optimizer(program, settings.train.lr, settings.train.betas, settings.train.weight_decay)
+        moves = moves_of(program, settings.train, loop.precision(settings.train.precision, device()))
         if newest is not None:
             checkpoint.load_training(newest, program, moves)
         health = Health(watch.say)

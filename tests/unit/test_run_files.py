@@ -14,6 +14,7 @@ from diptych.data.readers.faults import Fault
 from diptych.train import loop, skipped
 from diptych.train.failures import KEPT, keep
 from diptych.train.loop import Failure, Step
+from diptych.train.moves import Moves
 from diptych.train.schedule import optimizer
 from diptych.train.skipped import Skipped
 from diptych.train.watch import Watch
@@ -92,7 +93,7 @@ def test_a_failed_step_that_can_t_be_kept_stops_nothing(tmp_path):
 def test_a_failed_step_leaves_the_statistics_of_batch_norms_alone():
     made = program(frozen=False)
     made.image_encoder.norm = nn.BatchNorm1d(5)  # over the five tokens of a picture
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     loop.run(made, moves, batches(), SETTINGS, 1)
     before = bits(made)
     loop.run(made, moves, iter([infinite(1)]), SETTINGS, 1)

@@ -29,6 +29,7 @@ from diptych.objectives import contrastive, language
 from diptych.train import checkpoint, loop
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.health import Health
+from diptych.train.moves import Moves, moves_of
 from diptych.train.programs import Stage1, Stage1Objectives
 from diptych.train.schedule import groups, optimizer, rate
 
@@ -61,9 +62,9 @@ def batches(start: int = 0) -> Iterator[PairBatch]:
         step += 1
 
 
-def trained(made: Stage1, steps: int = 3, start: int = 0, moves=None, total: int = 6) -> torch.optim.Optimizer:
+def trained(made: Stage1, steps: int = 3, start: int = 0, moves=None, total: int = 6) -> Moves:
     """`made` after steps start … steps of a run of `total`, and its optimizer."""
-    moves = moves or optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = moves or Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     with patch.object(loop, "rate", lambda number, _, warmup, final: rate(number, total, warmup, final)):
         loop.run(made, moves, batches(start), SETTINGS, steps, start)
     return moves
@@ -77,8 +78,10 @@ def alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def moments(moves: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{i}.{key}": value for i, kept in moves.state_dict()["state"].items() for key, value in kept.items()}
+def moments(moves: Moves) -> dict[str, Tensor]:
+    return {
+        f"{i}.{key}": value for i, kept in moves.optimizer.state_dict()["state"].items() for key, value in kept.items()
+    }
 
 
 # What is frozen.
@@ -91,8 +94,8 @@ def test_a_frozen_encoder_keeps_its_bits_and_has_no_part_in_training():
     assert alike(bits(made.image_encoder), encoder) and not alike(bits(made.model), model)
     assert made.model.training and not any(module.training for module in made.image_encoder.modules())
     theirs = {id(p) for p in made.image_encoder.parameters()}
-    assert not theirs & {id(p) for group in moves.param_groups for p in group["params"]}
-    assert not theirs & {id(p) for p in moves.state}
+    assert not theirs & {id(p) for group in moves.optimizer.param_groups for p in group["params"]}
+    assert not theirs & {id(p) for p in moves.optimizer.state}
     assert all(p.grad is None for p in made.image_encoder.parameters())
     assert not made.look(batch()).tokens.requires_grad
 
@@ -102,7 +105,7 @@ def test_an_encoder_that_is_not_frozen_is_trained():
     encoder = bits(made.image_encoder)
     moves = trained(made)
     assert not any(torch.equal(tensor, encoder[name]) for name, tensor in bits(made.image_encoder).items())
-    assert {id(p) for p in made.image_encoder.parameters()} <= {id(p) for p in moves.state}
+    assert {id(p) for p in made.image_encoder.parameters()} <= {id(p) for p in moves.optimizer.state}
     assert made.image_encoder.training and made.look(batch()).tokens.requires_grad
 
 
@@ -148,11 +151,11 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
 
 def test_the_loop_sets_the_rate_and_tells_it():
     made, heard = program(), []
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     loop.run(made, moves, batches(), SETTINGS, 5, after=heard.append)
     wanted = [SETTINGS.lr * rate(step, 5, 1, SETTINGS.final_lr) for step in range(5)]
     assert [step.lr for step in heard] == pytest.approx(wanted) and [step.number for step in heard] == list(range(5))
-    assert all(group["lr"] == heard[-1].lr for group in moves.param_groups)
+    assert all(group["lr"] == heard[-1].lr for group in moves.optimizer.param_groups)
     assert all(step.losses.keys() == {"itc", "itm", "lm", "loss"} and step.norm > 0 for step in heard)
 
 
@@ -171,9 +174,9 @@ def test_matrices_and_tables_decay_and_nothing_else():
 
 def test_gradients_are_clipped_to_the_norm_that_settings_name():
     made, seen = program(), []
-    moves = optimizer(made, 1e-3, (0.9, 0.98), 0.0)
+    moves = Moves(optimizer(made, 1e-3, (0.9, 0.98), 0.0))
     settings = SETTINGS.model_copy(update={"clip": 0.01})
-    moves.register_step_pre_hook(lambda *_: seen.append(float(torch.nn.utils.get_total_norm(grads(made)))))
+    moves.optimizer.register_step_pre_hook(lambda *_: seen.append(float(torch.nn.utils.get_total_norm(grads(made)))))
     loop.run(made, moves, batches(), settings, 1)
     assert seen == pytest.approx([0.01], rel=1e-3)
 
@@ -199,18 +202,18 @@ def outputs(made: Stage1) -> dict[str, Tensor]:
     return losses | told | {"captions": captions.ids, "scores": captions.scores}
 
 
-def saved(folder: Path, made: Stage1, moves: torch.optim.Optimizer, step: int) -> Path:
+def saved(folder: Path, made: Stage1, moves: Moves, step: int) -> Path:
     """The folder of a checkpoint of `made` after `step` steps."""
     with Checkpoints(folder / "checkpoints") as kept:
         kept.save(step, made, moves, {})
     return folder / "checkpoints" / f"{step:08d}"
 
 
-def opened(folder: Path, made: Stage1) -> torch.optim.Optimizer:
-    """`made` filled from the newest checkpoint in `folder`, and its optimizer."""
+def opened(folder: Path, made: Stage1, settings: Train = SETTINGS) -> Moves:
+    """`made` filled from the newest checkpoint in `folder`, and what moves it on."""
     said = []
     kept, _ = Checkpoints(folder / "checkpoints").load(made, said.append, training=True)
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = moves_of(made, settings, loop.precision(settings.precision, torch.device("cpu")))
     checkpoint.load_training(kept, made, moves)
     assert not said
     return moves
@@ -355,7 +358,7 @@ def test_moments_of_another_optimizer_are_refused(kept):
     made = program()
     made.model.temperature.requires_grad_(False)
     with pytest.raises(UserError, match=r"training.safetensors: 'exp_avg/model.temperature' is not of this optimizer"):
-        checkpoint.load_training(kept, made, optimizer(made, 1e-3, (0.9, 0.98), 0.0))
+        checkpoint.load_training(kept, made, Moves(optimizer(made, 1e-3, (0.9, 0.98), 0.0)))
 
 
 def test_no_checkpoint_at_all_is_said(tmp_path):
@@ -383,9 +386,59 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(kept):
         full_disk(),
         Checkpoints(kept.parent) as shelf,
     ):
-        shelf.save(5, made, optimizer(made, 1e-3, (0.9, 0.98), 0.0), {})
+        shelf.save(5, made, Moves(optimizer(made, 1e-3, (0.9, 0.98), 0.0)), {})
     assert "\n" not in str(said.value)
     assert [path.name for path in kept.parent.iterdir()] == ["00000001"]
+
+
+# The moving average, and float16.
+
+
+def test_a_run_is_used_with_the_average_and_goes_on_from_the_weights(tmp_path):
+    settings, made = SETTINGS.model_copy(update={"ema": 0.3}), program(dropout=0.1)
+    torch.manual_seed(3)
+    follow = {name: p.detach().clone() for name, p in made.named_parameters() if p.requires_grad}
+    moves = moves_of(made, settings, torch.float32)
+    for step in range(6):
+        loop.run(made, moves, batches(step), settings, step + 1, step)
+        keep = min(0.3, (1 + step) / (10 + step))
+        for name, own in follow.items():
+            own.mul_(keep).add_(dict(made.named_parameters())[name].detach(), alpha=1 - keep)
+        if step == 2:
+            saved(tmp_path, made, moves, 3)
+            then = {name: own.clone() for name, own in follow.items()}
+    used = program()
+    Checkpoints(tmp_path / "checkpoints").load(used)
+    torch.testing.assert_close({name: p.detach() for name, p in used.named_parameters() if name in then}, then)
+    again = program(dropout=0.1)
+    others = opened(tmp_path, again, settings)
+    for step in range(3, 6):
+        loop.run(again, others, batches(step), settings, step + 1, step)
+    assert alike(bits(again), bits(made)) and alike(moments(others), moments(moves))
+    assert alike(others.average.weights, moves.average.weights)
+
+
+def scaled(moves: Moves, scale: float) -> None:
+    moves.scaler.load_state_dict(moves.scaler.state_dict() | {"scale": scale})
+
+
+def test_float16_scales_its_loss_and_halves_the_scale_when_gradients_overflow(tmp_path):
+    settings, made, heard = SETTINGS.model_copy(update={"precision": "float16"}), program(), []
+    moves = moves_of(made, settings, torch.float16)
+    scaled(moves, 1e36)  # any gradient overflows
+    before = bits(made)
+    loop.run(made, moves, batches(), settings, 2, after=heard.append)
+    assert alike(bits(made), before) and [step.skipped for step in heard] == [None, None]
+    assert [step.vitals["scale"] for step in heard] == pytest.approx([5e35, 2.5e35])
+    scaled(moves, 1024.0)
+    loop.run(made, moves, batches(2), settings, 4, 2, after=heard.append)
+    plain = program()
+    loop.run(plain, moves_of(plain, SETTINGS, torch.float32), batches(2), SETTINGS, 3, 2, after=heard.append)
+    assert not alike(bits(made), before) and heard[2].norm == pytest.approx(heard[-1].norm, rel=0.02)
+    saved(tmp_path, made, moves, 4)
+    assert opened(tmp_path, program(), settings).scaler.state_dict() == moves.scaler.state_dict()
+    with pytest.raises(UserError, match="the loss itc is no finite number"):
+        loop.run(made, moves, map(infinite, range(4, 9)), settings, 9, 4)
 
 
 # Learning, and when it can't.
@@ -407,7 +460,7 @@ def test_eight_pairs_are_learned_by_heart():
     rows = replace(rows, tokens=made.look(rows).tokens, pixels=None)
     heard, steps = [], 200
     settings = Train(batch=8, lr=5e-3, weight_decay=0.0, precision="float32")
-    moves = optimizer(made, settings.lr, settings.betas, settings.weight_decay)
+    moves = Moves(optimizer(made, settings.lr, settings.betas, settings.weight_decay))
     loop.run(made, moves, (replace(rows, step=i) for i in range(steps)), settings, steps, after=heard.append)
     assert heard[0].losses["loss"] > 4
     assert all(value < 0.05 for value in heard[-1].losses.values()), heard[-1].losses
@@ -425,7 +478,7 @@ def test_the_temperature_never_passes_zero():
     """However long it is pulled down: below 0 the losses would fall as pairs are pushed apart."""
     made, heard = program(), []
     made.model.temperature.register_hook(torch.ones_like)
-    moves = optimizer(made, 0.04, SETTINGS.betas, 0.0)
+    moves = Moves(optimizer(made, 0.04, SETTINGS.betas, 0.0))
     settings = SETTINGS.model_copy(update={"lr": 0.04})
     loop.run(made, moves, batches(), settings, 4, after=lambda _: heard.append(made.model.temperature.item()))
     assert 0.001 < heard[0] < 0.07 and heard[-1] == pytest.approx(0.001)
@@ -441,7 +494,7 @@ def infinite(step: int) -> PairBatch:
 def test_a_step_whose_loss_is_no_number_is_left_out_and_told():
     """It changes nothing: weights, moments and what follows are as if the step had not been."""
     made, told, failures = program(), [], []
-    moves, kept = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay), []
+    moves, kept = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)), []
 
     def after(step: loop.Step) -> None:
         told.append(step)
@@ -458,7 +511,7 @@ def test_a_step_whose_loss_is_no_number_is_left_out_and_told():
 
 def test_the_third_failed_step_in_a_row_stops_with_a_line():
     made = program()
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     with pytest.raises(UserError, match="step 3: the loss it[cm] is no finite number.*train.lr.*; look there") as said:
         loop.run(made, moves, map(infinite, range(1, 9)), SETTINGS, 8, start=1, failed=lambda _: "look there")
     assert "\n" not in str(said.value)
@@ -467,7 +520,7 @@ def test_the_third_failed_step_in_a_row_stops_with_a_line():
 def test_a_gradient_that_is_no_number_counts_too():
     made, told = program(), []
     made.model.picture_projection.weight.register_hook(lambda grad: grad * float("nan"))
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     before = bits(made)
     loop.run(made, moves, batches(), SETTINGS, 1, after=told.append)
     assert told[0].skipped == "the norm of the gradients is no finite number" and alike(bits(made), before)
@@ -476,7 +529,7 @@ def test_a_gradient_that_is_no_number_counts_too():
 def test_the_vitals_of_a_step():
     """The temperature, and how alike embeddings are: 1 where all are the same."""
     made, told = program(), []
-    moves = optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay)
+    moves = Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
     loop.run(made, moves, batches(), SETTINGS, 1, after=told.append)
     assert told[0].vitals.keys() == {"temperature", "picture_likeness", "text_likeness"}
     vectors = F.normalize(torch.randn(5, 8), dim=-1)

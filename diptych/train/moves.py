@@ -1,0 +1,51 @@
+"""What moves a program's weights: the optimizer, the scale of float16's loss, the weights' moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from diptych.config import Train
+from diptych.errors import UserError
+from diptych.train.average import Average
+from diptych.train.parallel import is_spread
+from diptych.train.schedule import optimizer
+
+
+def _unscaled() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+@dataclass
+class Moves:
+    """All of it is in a checkpoint, and comes back to the bit.
+
+    scaler: multiplies the loss, so that float16's gradients don't vanish (Micikevicius et al. 2018); not enabled in
+    other precisions.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler = field(default_factory=_unscaled)
+    average: Average | None = None
+
+    def step(self, program: nn.Module, number: int) -> None:
+        """Moves the weights by their gradients, which are unscaled; `number`, from 0, is the step's."""
+        self.scaler.step(self.optimizer)
+        if self.average is not None:
+            self.average.follow(program, number)
+
+
+def moves_of(program: nn.Module, settings: Train, precision: torch.dtype) -> Moves:
+    """Of a program that is where it will be trained, and spread over processes if it is to be."""
+    if precision == torch.float16 and is_spread(program):
+        raise UserError(
+            "train.parallel=fsdp trains in bfloat16 or float32: give train.precision, or train.parallel=ddp"
+        )
+    device = next(p for p in program.parameters() if p.requires_grad).device
+    return Moves(
+        optimizer(program, settings.lr, settings.betas, settings.weight_decay),
+        torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        Average(program, settings.ema) if settings.ema else None,
+    )
