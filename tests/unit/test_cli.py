@@ -140,7 +140,9 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
 def test_ctrl_c_is_one_line_and_130(tmp_path):
     """A real interrupt of a real job, which leaves nothing behind."""
     command = [sys.executable, "-m", "diptych", "data", "scenes", str(tmp_path / "out"), "--train", "100000"]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell lets its background jobs, and what they start, ignore interrupts.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("*")) and time.monotonic() < deadline:
         time.sleep(0.05)
