@@ -348,7 +348,8 @@ def pack(
     from diptych.data.readers import splits
 
     names = [split] if split else _files_by_split(source)
-    names = [*splits(source)] or names if names == [None] else names
+    if names == [None]:  # one file, whose rows may name splits
+        names = [*splits(source)] or [None]
     limits = {"size_mb": size_mb, "per_shard": per_shard}
     made = pack(source, out, names, images=images, skip=on_bad == "skip", say=click.echo, **limits)
     for name, packed in made.items():

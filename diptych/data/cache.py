@@ -6,16 +6,14 @@ n pictures, N image tokens, D width.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
-from diptych.data.files import read
+from diptych.data.files import flush, read
 from diptych.errors import UserError
 
 SHARD = 2**30  # bytes of tokens after which the next shard is begun
@@ -169,9 +167,9 @@ class _Shard:
     def flush(self) -> None:
         """Tokens first: a name promises them. Never tried twice, for a second try would move the rows after it."""
         waiting, self.waiting = self.waiting, []
-        _flush(self.tokens)
+        flush(self.tokens)
         self.names.write("".join(f"{known}\n" for known in waiting))
-        _flush(self.names)
+        flush(self.names)
 
     def close(self) -> None:
         try:
@@ -179,11 +177,6 @@ class _Shard:
         finally:
             self.tokens.close()
             self.names.close()
-
-
-def _flush(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _size(file: Path) -> int:

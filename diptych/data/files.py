@@ -93,6 +93,12 @@ def read(path: str | Path) -> bytes:
         return file.read()
 
 
+def flush(file: IO) -> None:
+    """What was written to an open file, to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def is_file(path: str | Path) -> bool:
     """Whether there is such a file, or such a member of a tar."""
     tar, name = _parted(os.fspath(path))

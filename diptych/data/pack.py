@@ -111,8 +111,7 @@ def _pack_shard(tar: Path, records: Sequence[Record], start: int, limits: Limits
     try:
         with aside.open("wb") as file:
             shard = _fill(file, records, start, limits, skip)
-            file.flush()
-            os.fsync(file.fileno())
+            files.flush(file)
         if shard["pictures"]:
             aside.replace(tar)
             files.index_of(str(tar))
@@ -203,8 +202,7 @@ class _Manifest:
         try:
             with aside.open("w", encoding="utf-8") as file:
                 json.dump({"splits": self.splits}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+                files.flush(file)
             aside.replace(self.file)
         except OSError as error:
             with suppress(OSError):

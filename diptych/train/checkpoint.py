@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 from diptych.objectives import gather
+from diptych.train import processes
 from diptych.train.average import Average
 from diptych.train.moves import Moves
 from diptych.train.parallel import shared_like, whole
@@ -106,17 +107,8 @@ class Checkpoints:
         program's `frozen_fingerprints`, where they are known already.
         """
         self.wait()
-        weights = trained_state(program)
-        files = {"model.safetensors": weights}
-        if moves is not None:
-            files["training.safetensors"] = _moments(program, moves) | everyones_generators()
-        if (
-            moves is not None and moves.average is not None
-        ):  # is what the run is used with; the weights themselves go on
-            averages = {name: _copy(tensor) for name, tensor in moves.average.weights.items()}
-            files["training.safetensors"] |= {f"weight/{name}": weights[name] for name in averages}
-            files["model.safetensors"] = weights | averages
-        if gather.world()[0] > 0:  # of several processes all make the weights whole, and the first writes them
+        files = _files(program, moves)
+        if not processes.is_first():  # all make the weights whole, and the first writes them
             return
         frozen = frozen_fingerprints(program) if frozen is None else frozen
         record = {"version": VERSION, "step": step, "frozen": frozen, **state}
@@ -294,6 +286,19 @@ def set_generators(states: dict[str, Tensor]) -> None:
         torch.set_rng_state(states["generator.cpu"])
     if "generator.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["generator.cuda"])
+
+
+def _files(program: nn.Module, moves: Moves | None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint, by file. An average is what the run is used with; the weights themselves go on."""
+    weights = trained_state(program)
+    if moves is None:
+        return {"model.safetensors": weights}
+    training = _moments(program, moves) | everyones_generators()
+    if moves.average is not None:
+        averages = {name: _copy(tensor) for name, tensor in moves.average.weights.items()}
+        training |= {f"weight/{name}": weights[name] for name in averages}
+        weights = weights | averages
+    return {"model.safetensors": weights, "training.safetensors": training}
 
 
 def _frozen(program: nn.Module) -> list[tuple[str, nn.Module]]:

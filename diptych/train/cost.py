@@ -25,7 +25,7 @@ from diptych.text.tokenizer import Tokenizer
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
 from diptych.train.loop import autocast, precision
-from diptych.train.programs import Stage1
+from diptych.train.programs import Stage1, rows_of
 
 MEASURED = 2  # pictures of the batch that is run; every part of a step but the similarities grows with rows alone
 READ = 2000  # records whose captions are measured
@@ -223,7 +223,7 @@ def step_cost(
             chosen = {other: float(other in named[: count + 1]) for other in OBJECTIVES}
             program.objectives = replace(on, **chosen, matching_share=1.0, captioning_share=1.0)
             measured = _measure(program, rows, dtype)
-            factor = batch / small if not count else max(1, round(share[name] * batch)) / small
+            factor = batch / small if not count else len(rows_of(share[name], 0, batch)) / small
             flops[OBJECTIVES[name]] = round((measured[0] - last[0]) * factor)
             bytes_kept += (measured[1] - last[1]) * factor
             last = measured

@@ -65,7 +65,6 @@ def _whole(batch: Any) -> dict[str, Tensor]:
 def _state(failure: Failure) -> dict[str, Any]:
     return {
         "step": failure.batch.step,
-        "first_row": 0,
         "precision": str(failure.precision).removeprefix("torch."),
         "reason": failure.step.skipped,
         "losses": {name: str(value) for name, value in failure.step.losses.items()},

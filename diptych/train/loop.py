@@ -21,6 +21,7 @@ from diptych.train.program import Program
 from diptych.train.schedule import rate
 
 PATIENCE = 3  # steps in a row that may fail
+OVERFLOW = "the norm of the gradients is no finite number"
 
 
 @dataclass
@@ -95,17 +96,17 @@ def run(
         moves.scaler.unscale_(moves.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf")))
         told = processes.means({name: value.detach() for name, value in losses.items()})
-        reason, overflow = _not_finite(told, norm), _overflow(told, norm, moves.scaler)
+        reason = _not_finite(told, norm)
         if reason is None:
             moves.step(program, number)
-            in_a_row = 0
-        moves.scaler.update()
-        moves.optimizer.zero_grad(set_to_none=True)
-        if reason is None:
             program.after_step()
+            in_a_row = 0
         else:
             _take_back(counted)
-        reason = None if overflow else reason
+            is_usual = reason == OVERFLOW and moves.scaler.is_enabled() and moves.scaler.get_scale() > 1
+            reason = None if is_usual else reason
+        moves.scaler.update()
+        moves.optimizer.zero_grad(set_to_none=True)
         values = {name: float(value) for name, value in told.items()}
         vitals = program.vitals() | ({"scale": moves.scaler.get_scale()} if moves.scaler.is_enabled() else {})
         step = Step(number, values, lr, float(norm), waited, time.perf_counter() - began, vitals, reason)
@@ -113,9 +114,7 @@ def run(
             in_a_row += 1
             look = failed(Failure(step, batch, drawn, dtype, program))
             if in_a_row == PATIENCE:
-                where = f"step {number}: {reason}, as in the {PATIENCE - 1} steps before, which were left out"
-                advice = "begin anew, another out=FOLDER, with a lower train.lr or train.precision=float32"
-                raise UserError(f"{where}; {advice}{look and '; '}{look}")
+                raise _given_up(number, reason, look)
         after(step)
 
 
@@ -143,14 +142,15 @@ def _take_back(counted: list[tuple[Tensor, Tensor]]) -> None:
         buffer.copy_(before)
 
 
-def _overflow(losses: dict[str, Tensor], norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
-    """Whether it is for their scale alone that gradients are no finite numbers."""
-    sound = all(bool(torch.isfinite(value)) for value in losses.values())
-    return scaler.is_enabled() and sound and not torch.isfinite(norm) and scaler.get_scale() > 1
-
-
 def _not_finite(losses: dict[str, Tensor], norm: Tensor) -> str | None:
-    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    if not bad and torch.isfinite(norm):
-        return None
-    return f"{f'the loss {bad[0]}' if bad else 'the norm of the gradients'} is no finite number"
+    for name, value in losses.items():
+        if not torch.isfinite(value):
+            return f"the loss {name} is no finite number"
+    return None if torch.isfinite(norm) else OVERFLOW
+
+
+def _given_up(number: int, reason: str, look: str) -> UserError:
+    """look: where a person may look, or ""."""
+    where = f"step {number}: {reason}, as in the {PATIENCE - 1} steps before, which were left out"
+    advice = "begin anew, another out=FOLDER, with a lower train.lr or train.precision=float32"
+    return UserError(f"{where}; {advice}{look and '; '}{look}")

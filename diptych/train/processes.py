@@ -41,7 +41,7 @@ def joined(seconds: int) -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in LATE):
             raise
-        raise UserError(_late(seconds)) from error
+        raise UserError(_late(_steps, seconds)) from error
     finally:
         _steps = None
         if dist.is_initialized():
@@ -65,14 +65,13 @@ def at(step: int) -> None:
         _steps.set(str(gather.world()[0]), str(step))
 
 
-def _late(seconds: int) -> str:
+def _late(steps: dist.Store, seconds: int) -> str:
     """Who is behind, as far as they told."""
     rank, size = gather.world()
     reached = []
     for other in range(size):
         try:
-            known = _steps is not None and _steps.check([str(other)])
-            reached.append(int(_steps.get(str(other))) if known else -1)
+            reached.append(int(steps.get(str(other))) if steps.check([str(other)]) else -1)
         except RuntimeError:  # whoever kept the store is gone
             return f"rank {rank}: the other processes are gone; the first error above says why"
     behind = [other for other in range(size) if reached[other] == min(reached)]

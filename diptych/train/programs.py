@@ -182,10 +182,14 @@ def share_of(share: float, batch: PairBatch) -> tuple[Tensor | slice, bool]:
     process needs a gradient of every weight."""
     if share == 1:
         return slice(None), True
-    rows = batch.first_row + torch.arange(len(batch.ids) + 1, dtype=torch.float64, device=batch.ids.device)
-    before = (rows * share - 1e-9).ceil()
-    taken = (before[1:] > before[:-1]).nonzero().flatten()
+    taken = rows_of(share, batch.first_row, len(batch.ids)).to(batch.ids.device)
     return (taken, True) if len(taken) else (taken.new_zeros(1), False)
+
+
+def rows_of(share: float, first: int, count: int) -> Tensor:
+    """Which of the global rows first … first + count belong to a share of a batch, counted from `first`."""
+    before = (torch.arange(first, first + count + 1, dtype=torch.float64) * share - 1e-9).ceil()
+    return (before[1:] > before[:-1]).nonzero().flatten()
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ def replay(run: Path, step: int | None = None) -> Iterator[str]:
     program = built.program.to(where).train()
     tensors: dict[str, Any] = load_file(folder / "batch.safetensors")
     set_generators({name: tensors.pop(name) for name in list(tensors) if name.startswith("generator.")})
-    batch = PairBatch(**tensors, step=state["step"], first_row=state["first_row"]).to(where)
+    batch = PairBatch(**tensors, step=state["step"]).to(where)
     yield f"step {state['step']}: {state['reason']}"
     with first_not_finite(program) as found, loop.autocast(getattr(torch, state["precision"]), where):
         losses = program(batch)

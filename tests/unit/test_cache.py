@@ -105,7 +105,7 @@ def test_a_reader_goes_on_with_what_it_found_while_another_writes(tmp_path):
 
 def test_a_write_that_is_interrupted_is_not_tried_again(tmp_path):
     """Names written twice would give later rows to earlier pictures."""
-    made, flush, calls = FeatureCache(tmp_path, SHAPE), cache._flush, []
+    made, flush, calls = FeatureCache(tmp_path, SHAPE), cache.flush, []
 
     def interrupted(file) -> None:
         flush(file)
@@ -116,7 +116,7 @@ def test_a_write_that_is_interrupted_is_not_tried_again(tmp_path):
     parts = zip(tokens().split(4), (NAMES[:4], NAMES[4:8], NAMES[8:]), strict=True)
     with (
         patch.object(cache, "FLUSH", 4),
-        patch.object(cache, "_flush", interrupted),
+        patch.object(cache, "flush", interrupted),
         made.alone(),
         pytest.raises(KeyboardInterrupt),
     ):

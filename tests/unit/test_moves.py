@@ -1,0 +1,59 @@
+"""What moves the weights beside the optimizer: their moving average, and the scale of float16's loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diptych.errors import UserError
+from diptych.train import loop
+from diptych.train.checkpoint import Checkpoints
+from diptych.train.moves import Moves, moves_of
+from tests.unit.test_training import SETTINGS, alike, batches, bits, infinite, moments, opened, program, saved
+
+
+def test_a_run_is_used_with_the_average_and_goes_on_from_the_weights(tmp_path):
+    settings, made = SETTINGS.model_copy(update={"ema": 0.3}), program(dropout=0.1)
+    torch.manual_seed(3)
+    follow = {name: p.detach().clone() for name, p in made.named_parameters() if p.requires_grad}
+    moves = moves_of(made, settings, torch.float32)
+    for step in range(6):
+        loop.run(made, moves, batches(step), settings, step + 1, step)
+        keep = min(0.3, (1 + step) / (10 + step))
+        for name, own in follow.items():
+            own.mul_(keep).add_(dict(made.named_parameters())[name].detach(), alpha=1 - keep)
+        if step == 2:
+            saved(tmp_path, made, moves, 3)
+            then = {name: own.clone() for name, own in follow.items()}
+    used = program()
+    Checkpoints(tmp_path / "checkpoints").load(used)
+    torch.testing.assert_close({name: p.detach() for name, p in used.named_parameters() if name in then}, then)
+    again = program(dropout=0.1)
+    others = opened(tmp_path, again, settings)
+    for step in range(3, 6):
+        loop.run(again, others, batches(step), settings, step + 1, step)
+    assert alike(bits(again), bits(made)) and alike(moments(others), moments(moves))
+    assert alike(others.average.weights, moves.average.weights)
+
+
+def scaled(moves: Moves, scale: float) -> None:
+    moves.scaler.load_state_dict(moves.scaler.state_dict() | {"scale": scale})
+
+
+def test_float16_scales_its_loss_and_halves_the_scale_when_gradients_overflow(tmp_path):
+    settings, made, heard = SETTINGS.model_copy(update={"precision": "float16"}), program(), []
+    moves = moves_of(made, settings, torch.float16)
+    scaled(moves, 1e36)  # any gradient overflows
+    before = bits(made)
+    loop.run(made, moves, batches(), settings, 2, after=heard.append)
+    assert alike(bits(made), before) and [step.skipped for step in heard] == [None, None]
+    assert [step.vitals["scale"] for step in heard] == pytest.approx([5e35, 2.5e35])
+    scaled(moves, 1024.0)
+    loop.run(made, moves, batches(2), settings, 4, 2, after=heard.append)
+    plain = program()
+    loop.run(plain, moves_of(plain, SETTINGS, torch.float32), batches(2), SETTINGS, 3, 2, after=heard.append)
+    assert not alike(bits(made), before) and heard[2].norm == pytest.approx(heard[-1].norm, rel=0.02)
+    saved(tmp_path, made, moves, 4)
+    assert opened(tmp_path, program(), settings).scaler.state_dict() == moves.scaler.state_dict()
+    with pytest.raises(UserError, match="the loss itc is no finite number"):
+        loop.run(made, moves, map(infinite, range(4, 9)), settings, 9, 4)
