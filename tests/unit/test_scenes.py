@@ -383,6 +383,23 @@ def test_negatives_differ_in_one_word_and_are_false(preset, language):
     assert unseen
 
 
+@SPOKEN
+def test_a_negatives_word_is_as_common_as_the_captions_own(language):
+    """So that who knows how often each word is said, and never looks, can't tell which of the two is false."""
+    was: Counter[str] = Counter()
+    now: Counter[str] = Counter()
+    for i in range(150):
+        scene, rng = sample("hard", 9, "test", i), np.random.default_rng(i)
+        for caption in captions(scene, language, rng, 5):
+            for negative in negatives(caption, scene, rng):
+                if negative.attribute in ("relation", "size"):
+                    was[negative.was] += 1
+                    now[negative.now] += 1
+    assert set(was) == set(now)
+    for word, count in was.items():
+        assert abs(now[word] - count) < 5 * math.sqrt(count), (word, was, now)
+
+
 def test_each_word_of_a_simple_caption_gets_a_negative():
     found = negatives("a red circle left of a blue star", PAIR, np.random.default_rng(0))
     assert [negative.attribute for negative in found] == ["colour", "shape", "relation", "colour", "shape"]

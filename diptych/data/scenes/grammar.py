@@ -69,6 +69,11 @@ def _said(attribute: str, value: str, language: str) -> Node:
     return Either(tuple((share, _say(text, language)) for share, text in SAID[language][attribute][value]))
 
 
+def say(attribute: str, value: str, language: str, rng: np.random.Generator) -> str:
+    """How a value is named, drawn as a caption's are."""
+    return (" " if language == "en" else "").join(_draw(_said(attribute, value, language), rng))
+
+
 def groups(scene: Scene) -> list[Group]:
     """The groups, in the order of their first objects."""
     by_pair: dict[tuple[str, str], list[Thing]] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diptych.data.scenes.grammar import VOWELS
+from diptych.data.scenes.grammar import VOWELS, say
 from diptych.data.scenes.oracle import attributes, holds
 from diptych.data.scenes.words import (
     COLOURS,
@@ -14,15 +14,17 @@ from diptych.data.scenes.words import (
     OPPOSITE,
     PLURALS,
     RELATIONS,
-    SAID,
     SHAPES,
     SIZES,
     join,
     language_of,
     meaning,
     split_words,
+    telling,
 )
 from diptych.data.scenes.world import Scene, shuffled, unseen_pairs
+
+VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "relation": RELATIONS}
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class Negative:
 
 
 def negatives(caption: str, scene: Scene, rng: np.random.Generator) -> list[Negative]:
-    """One negative for each word of a true caption that can be changed, in their order, drawn evenly.
+    """One negative for each word of a true caption that can be changed, in their order.
 
-    The changed word is a colour, shape, size, relation or count; the grammar of the sentence stays right (a and an, one
+    The new value is drawn evenly, and its word as the grammar draws it: "above" becomes "under" as often as captions
+    say "under". Were it always the commonest, a model that knows the words and never looks would prefer the negative
+    wherever the caption says "over". The changed word is a colour, shape, size, relation or count; the grammar of the sentence stays right (a and an, one
     and many); the oracle finds each false of the scene; and none names a (colour, shape) pair that is kept for testing
     where the scene has no such pair.
     """
@@ -46,7 +50,7 @@ def negatives(caption: str, scene: Scene, rng: np.random.Generator) -> list[Nega
     words = split_words(caption, language)
     found = []
     for place, word in enumerate(words):
-        for new in shuffled(rng, _others(words, place, language)):
+        for new in shuffled(rng, _others(words, place, language, rng)):
             changed = join([*words[:place], new, *words[place + 1 :]], language)
             if _is_negative(changed, scene):
                 found.append(Negative(changed, _attribute(word, language), word, new))
@@ -66,7 +70,7 @@ def _is_negative(caption: str, scene: Scene) -> bool:
     return scene.has_unseen or not named & unseen_pairs()
 
 
-def _others(words: list[str], place: int, language: str) -> list[str]:
+def _others(words: list[str], place: int, language: str, rng: np.random.Generator) -> list[str]:
     """The words that can stand in the place of one, each of another value of the same attribute."""
     word = words[place]
     known = meaning(word, language)
@@ -75,12 +79,12 @@ def _others(words: list[str], place: int, language: str) -> list[str]:
     attribute, value = known
     if attribute == "count":
         others = _counts(word, language)
-    elif attribute == "relation" and language == "en":
-        # "left of" and "above" have not equally many words: only the opposite fits
-        others = [SAID["en"]["relation"][way][0][1].split()[0] for way in RELATIONS if way == OPPOSITE.get(str(value))]
-    elif attribute in ("colour", "shape", "size", "relation"):
-        values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "relation": RELATIONS}[attribute]
-        others = [SAID[language][attribute][other][0][1] for other in values if other != value]
+    elif attribute in VALUES:
+        values = [other for other in VALUES[attribute] if other != value]
+        if attribute == "relation" and language == "en":
+            # "left of" and "above" have not equally many words: only the opposite fits
+            values = [OPPOSITE[str(value)]]
+        others = [telling(say(attribute, other, language, rng)) for other in values]
         if attribute == "shape" and word in PLURALS.values():
             others = [PLURALS[other] for other in others]
     else:

@@ -52,14 +52,18 @@ SAID: dict[str, dict[str, dict[str, Sayings]]] = {
 Meaning = tuple[str, str | int]  # (attribute, value), the attributes being the four above, "count", or a word's part
 
 
+def telling(saying: str) -> str:
+    """The one word of a saying that tells the value: "left", of "to the left of"."""
+    return next(word for word in saying.split() if word not in ("to", "the", "of"))
+
+
 def _lexicon(language: str) -> dict[str, Meaning]:
-    """word → what it means. A relation is its one telling word: "left", of "to the left of"."""
+    """word → what it means, of the telling words."""
     known: dict[str, Meaning] = {}
     for attribute, values in SAID[language].items():
         for value, sayings in values.items():
             for _, saying in sayings:
-                telling = [word for word in saying.split() if word not in ("to", "the", "of")]
-                known[telling[0]] = (attribute, value)
+                known[telling(saying)] = (attribute, value)
     known.update({word: ("count", number) for number, word in NUMBERS[language].items()})
     return known
 

@@ -17,7 +17,7 @@ import numpy as np
 from diptych.data.scenes.words import COLOURS, RELATIONS, SHAPES
 from diptych.errors import UserError, nearest
 
-VERSION = 1  # of the pixels, the captions and the draws: goes up when any of them changes
+VERSION = 2  # of the pixels, the captions and the draws: goes up when any of them changes
 SPLITS = ("train", "val", "test", "test_unseen")
 MOST = 10_000_000  # pictures a split: an image id is MOST · (place of the split) + index
 RADII = {"small": 0.078, "medium": 0.115, "large": 0.165}
