@@ -47,13 +47,17 @@ def encode(
     encoder: nn.Module,
     files: Files,
     places: Sequence[int],
-    batch: int = 32,
+    batch: int | None = None,
     workers: int = 0,
     done: Callable[[int], None] = lambda pictures: None,
 ) -> Iterator[Encoded]:
     """Image tokens of the pictures of the records at `places`, a batch at a time, in order. `done` hears how many have
-    been looked at."""
+    been looked at.
+
+    batch: None is 4 on a CPU, where the maps of more leave its caches (benchmarks/encoding.py), and 32 elsewhere.
+    """
     device, looked = next(encoder.parameters()).device, 0
+    batch = batch or (4 if device.type == "cpu" else 32)
     with plain_errors():
         for found in DataLoader(_Some(files, places), batch_size=batch, num_workers=workers, collate_fn=list):
             faults = [fault for _, fault in found if isinstance(fault, Fault)]
