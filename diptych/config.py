@@ -110,9 +110,10 @@ class Objectives(Section):
 
 class Train(Section):
     """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
-    to `final_lr` times `lr`. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the machine
-    computes it fast, else float32; "float16" scales its loss, for GPUs without bfloat16. ema: a moving average of the
-    weights, which keeps this much of itself a step (0.999, say; 0 = none), and which the run is then used with.
+    to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr` times that, and at `layer_decay` times
+    that for each block above them. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the
+    machine computes it fast, else float32; "float16" scales its loss, for GPUs without bfloat16. ema: a moving average
+    of the weights, which keeps this much of itself a step (0.999, say; 0 = none), and which the run is then used with.
     checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps between checkpoints, 0 = at the
     end alone; keep: how many stay. Under torchrun, parallel: "ddp" keeps all weights in each process, "fsdp" spreads
     them; timeout: seconds after which a process that is waited for is given up."""
@@ -122,6 +123,8 @@ class Train(Section):
     steps: int | None = Field(None, gt=0)
     lr: float = Field(1e-4, gt=0)
     final_lr: float = Field(0.01, ge=0, le=1)
+    start_lr: float = Field(1.0, gt=0, le=1)
+    layer_decay: float = Field(1.0, gt=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)

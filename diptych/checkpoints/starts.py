@@ -64,6 +64,17 @@ def spread(count: int, layers: int) -> list[int]:
     return [(i + 1) * layers // count - 1 for i in range(count)]
 
 
+def started(model: Stage1Model) -> dict[str, int]:
+    """The embeddings' and blocks' weights that `start_from_bert` fills in → how many blocks lie above each."""
+    layers, found = model.config.qformer.stack.layers, {}
+    for name, _ in model.named_parameters():
+        if not name.startswith("qformer.") or name == "qformer.query_tokens" or ".cross" in name:
+            continue
+        number = name.partition(".blocks.")[2].partition(".")[0]
+        found[name] = layers - 1 - int(number) if number else layers
+    return found
+
+
 def _own_name(name: str, blocks: dict[int, int]) -> str | None:
     """Where a stage-1 model keeps what a BERT (`text.`) with its head (`language_head.`) calls `name`: None for what it
     has no place for. blocks: the BERT's number of a block → the model's."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diptych.checkpoints import starter
-from diptych.checkpoints.starts import bert_shape, start_from_bert
+from diptych.checkpoints.starts import bert_shape, start_from_bert, started
 from diptych.config import Settings
 from diptych.core.config import StackConfig
 from diptych.data import readers
@@ -112,4 +112,7 @@ def build(
             say(line)
     on = settings.objectives
     objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share, on.captioning_share)
-    return Built(Stage1(encoder, model, objectives, words.start, settings.train.seed), words)
+    program = Stage1(encoder, model, objectives, words.start, settings.train.seed)
+    if folder:
+        program.started = {f"model.{name}": above for name, above in started(model).items()}
+    return Built(program, words)

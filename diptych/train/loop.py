@@ -87,7 +87,7 @@ def run(
         waited = time.perf_counter() - began
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
         for group in moves.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         drawn, counted = generators(), _counted(program)
         program.before_step()
         with autocast(dtype, device):

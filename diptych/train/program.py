@@ -20,6 +20,10 @@ class Program(nn.Module):
     entrances = ("encode", "loss")
     trains_all = True  # whether every step gives each trained weight a gradient
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: dict[str, int] = {}  # weights that another model gave → how many blocks lie above each
+
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError
 

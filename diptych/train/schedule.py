@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,15 +17,32 @@ def rate(step: int, steps: int, warmup: int, final: float) -> float:
     return final + (1 - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: matrices and tables decay; biases, norms and the temperature (one dimension) do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def groups(model: nn.Module, weight_decay: float, shares: Mapping[str, float] | None = None) -> list[dict]:
+    """Parameter groups. Matrices and tables decay; biases, norms and the temperature (one dimension) do not.
+
+    shares: name → the share of the learning rate that a weight learns at, 1 where it is not named.
+    """
+    found: dict[tuple[float, bool], dict] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            share, decays = (shares or {}).get(name, 1.0), weight.dim() > 1
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "share": share}
+            found.setdefault((share, decays), group)["params"].append(weight)
+    return [found[kind] for kind in sorted(found, reverse=True)]
 
 
-def optimizer(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def shares(started: Mapping[str, int], start_lr: float, layer_decay: float) -> dict[str, float]:
+    """`started`: name → how many blocks lie above a weight that another model gave. The lower, the more general it is
+    and the less it should move: `start_lr` times `layer_decay` for each block above."""
+    return {name: start_lr * layer_decay**above for name, above in started.items()}
+
+
+def optimizer(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    shares: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
-    return torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups(model, weight_decay, shares), lr=lr, betas=betas, fused=fused)

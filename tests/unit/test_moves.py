@@ -36,6 +36,20 @@ def test_a_run_is_used_with_the_average_and_goes_on_from_the_weights(tmp_path):
     assert alike(others.average.weights, moves.average.weights)
 
 
+def test_what_another_model_gave_learns_more_slowly_the_lower_the_more():
+    settings, made = SETTINGS.model_copy(update={"start_lr": 0.5, "layer_decay": 0.1}), program()
+    low, high = "model.qformer.stack.blocks.0.attn.q.weight", "model.qformer.stack.blocks.1.attn.q.weight"
+    made.started = {low: 1, high: 0}
+    moves, heard = moves_of(made, settings, torch.float32), []
+    loop.run(made, moves, batches(), settings, 1, after=heard.append)
+    names = {id(weight): name for name, weight in made.named_parameters()}
+    rates = {names[id(w)]: group["lr"] for group in moves.optimizer.param_groups for w in group["params"]}
+    assert rates.pop(high) == pytest.approx(0.5 * heard[0].lr) and rates.pop(low) == pytest.approx(0.05 * heard[0].lr)
+    assert set(rates.values()) == {heard[0].lr}
+    trained = {name for name, weight in made.named_parameters() if weight.requires_grad}
+    assert rates.keys() == trained - {low, high}
+
+
 def scaled(moves: Moves, scale: float) -> None:
     moves.scaler.load_state_dict(moves.scaler.state_dict() | {"scale": scale})
 

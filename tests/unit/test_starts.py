@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.checkpoints import io, lavis, starter
-from diptych.checkpoints.starts import bert_shape, spread, start_from_bert
+from diptych.checkpoints.starts import bert_shape, spread, start_from_bert, started
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 
@@ -79,6 +79,12 @@ def test_what_is_taken_and_what_stays_random(bert):
     for name, tensor in now.items():
         same = torch.equal(tensor, before[name])
         assert same == (name.startswith(stays) or ".cross" in name), name
+    above = started(model)
+    weights = dict(model.named_parameters())
+    taken = {name for name in weights if not torch.equal(now[name], before[name])}
+    assert set(above) == {name for name in taken if not name.startswith("language_head.")}
+    assert {above[f"qformer.{name}.weight"] for name in ("embeddings.word", "norm")} == {4}
+    assert [above[f"qformer.stack.blocks.{i}.attn.q.weight"] for i in range(4)] == [3, 2, 1, 0]
     words = now["qformer.embeddings.word.weight"]
     assert torch.equal(words[:31], theirs["bert.embeddings.word_embeddings.weight"])
     assert torch.equal(words[31], before["qformer.embeddings.word.weight"][31])

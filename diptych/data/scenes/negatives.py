@@ -42,9 +42,9 @@ def negatives(caption: str, scene: Scene, rng: np.random.Generator) -> list[Nega
 
     The new value is drawn evenly, and its word as the grammar draws it: "above" becomes "under" as often as captions
     say "under". Were it always the commonest, a model that knows the words and never looks would prefer the negative
-    wherever the caption says "over". The changed word is a colour, shape, size, relation or count; the grammar of the sentence stays right (a and an, one
-    and many); the oracle finds each false of the scene; and none names a (colour, shape) pair that is kept for testing
-    where the scene has no such pair.
+    wherever the caption says "over". The changed word is a colour, shape, size, relation or count; the grammar of the
+    sentence stays right (a and an, one and many); the oracle finds each false of the scene; and none names a (colour,
+    shape) pair that is kept for testing where the scene has no such pair.
     """
     language = language_of(caption)
     words = split_words(caption, language)
