@@ -109,16 +109,19 @@ class Objectives(Section):
 
 
 class Train(Section):
-    """batch: pictures a step; epochs, or steps when given. warmup: share of the steps; the rate then falls as a cosine
-    to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr` times that, and at `layer_decay` times
-    that for each block above them. clip: of the gradients' norm, 0 = none. precision: "auto" is bfloat16 where the
-    machine computes it fast, else float32; "float16" scales its loss, for GPUs without bfloat16. ema: a moving average
-    of the weights, which keeps this much of itself a step (0.999, say; 0 = none), and which the run is then used with.
-    checkpoint_last: blocks whose inside is recomputed, for memory. save_every: steps between checkpoints, 0 = at the
-    end alone; keep: how many stay. Under torchrun, parallel: "ddp" keeps all weights in each process, "fsdp" spreads
-    them; timeout: seconds after which a process that is waited for is given up."""
+    """batch: pictures a step; accumulate: in how many chunks these are computed, one after another, for memory: the
+    same losses and gradients, for the time of one more encoding. epochs, or steps when given. warmup: share of the
+    steps; the rate then falls as a cosine to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr`
+    times that, and at `layer_decay` times that for each block above them. clip: of the gradients' norm, 0 = none.
+    precision: "auto" is bfloat16 where the machine computes it fast, else float32; "float16" scales its loss, for GPUs
+    without bfloat16. ema: a moving average of the weights, which keeps this much of itself a step (0.999, say; 0 =
+    none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
+    save_every: steps between checkpoints, 0 = at the end alone; keep: how many stay. Under torchrun, parallel: "ddp"
+    keeps all weights in each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is
+    given up."""
 
     batch: int = Field(64, gt=1)
+    accumulate: int = Field(1, gt=0)
     epochs: int = Field(10, gt=0)
     steps: int | None = Field(None, gt=0)
     lr: float = Field(1e-4, gt=0)

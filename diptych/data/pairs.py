@@ -46,6 +46,20 @@ class PairBatch:
     first_row: int = 0
     faults: tuple[Fault, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, count: int) -> list[PairBatch]:
+        """In `count` chunks, each of as many rows or one more."""
+        sizes = [len(part) for part in torch.arange(len(self)).tensor_split(count)]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {name: value.split(sizes) for name, value in values.items() if isinstance(value, Tensor)}
+        starts = [sum(sizes[:number]) for number in range(count)]
+        return [
+            replace(self, first_row=self.first_row + start, **{name: part[i] for name, part in parts.items()})
+            for i, start in enumerate(starts)
+        ]
+
     def to(self, device: torch.device) -> PairBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})

@@ -5,6 +5,7 @@ b pictures of a small measured batch, B of the recipe's, T text tokens, N image 
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -52,8 +53,9 @@ class Cost:
 
     parameters: by part. image: FLOPs of one picture through the image encoder, backward too where it is trained; they
     fall in every step, or once a picture where features are kept (`is_kept`). flops: by objective, forward and
-    backward, without the image encoder. memory: bytes by what they are for; `features` of all pictures is among them
-    where data are known. A multiplication and an addition are two FLOPs; the optimizer's are not counted.
+    backward, without the image encoder; and of what chunks (`train.accumulate`) encode again. memory: bytes by what
+    they are for; `features` of all pictures is among them where data are known. A multiplication and an addition are
+    two FLOPs; the optimizer's are not counted.
     """
 
     batch: int
@@ -93,9 +95,15 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
     seen, image, kept = image_cost(program.image_encoder)
     dtype = precision(settings.train.precision, torch.device("cpu"))
     flops, activations = step_cost(program, seen, tokens, batch, dtype)
-    memory = state_memory(program) | {"activations": activations}
     if not is_kept:
-        memory["activations"] += kept * batch
+        activations += kept * batch
+    chunks = min(settings.train.accumulate, batch)
+    if chunks > 1:
+        activations = round(activations * math.ceil(batch / chunks) / batch)
+        flops["encoding again"] = encoding_flops(program, seen, tokens, batch, dtype)
+        if not is_kept:
+            image += image if is_frozen(program.image_encoder) else image // 3  # of a forward and a backward pass
+    memory = state_memory(program) | {"activations": activations}
     if settings.data.cache == "memory" and records:
         memory["features"] = features_bytes(len(records) * settings.data.views, *seen)
     name = str(dtype).removeprefix("torch.")
@@ -235,6 +243,15 @@ def step_cost(
         similarity_flops(program, small) * batch / small
     )
     return flops, round(bytes_kept)
+
+
+def encoding_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int, dtype: torch.dtype) -> int:
+    """Of `Program.encode` after the image encoder, forward alone: measured at a few rows."""
+    small = min(MEASURED, batch)
+    rows = random_batch(program, seen, tokens, small)
+    with FlopCounterMode(display=False) as counter, autocast(dtype, torch.device("cpu")):
+        program.encode(rows)
+    return round(counter.get_total_flops() * batch / small)
 
 
 def similarity_flops(program: Stage1, batch: int) -> int:

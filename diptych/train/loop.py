@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from diptych.config import Train
 from diptych.errors import UserError
 from diptych.train import processes
+from diptych.train.accumulate import backward
 from diptych.train.checkpoint import generators
 from diptych.train.moves import Moves
 from diptych.train.parallel import whole
@@ -64,7 +66,7 @@ def run(
     start: int = 0,
     after: Callable[[Step], None] = lambda step: None,
     failed: Callable[[Failure], str] = lambda failure: "",
-    forward: Callable[[Any], dict[str, Tensor]] | None = None,
+    forward: Callable[..., dict[str, Tensor]] | None = None,
 ) -> None:
     """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step.
 
@@ -90,12 +92,10 @@ def run(
             group["lr"] = lr * group["share"]
         drawn, counted = generators(), _counted(program)
         program.before_step()
-        with autocast(dtype, device):
-            losses = forward(batch)
-        moves.scaler.scale(losses["loss"]).backward()
+        losses = backward(forward, program, batch, settings.accumulate, moves.scaler, partial(autocast, dtype, device))
         moves.scaler.unscale_(moves.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.clip or float("inf")))
-        told = processes.means({name: value.detach() for name, value in losses.items()})
+        told = processes.means(losses)
         reason = _not_finite(told, norm)
         if reason is None:
             moves.step(program, number)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from diptych.core.surgery import is_frozen
 from diptych.train.program import Program
 
 
-def spread(program: Program, how: str) -> Callable[[Any], dict[str, Tensor]]:
+def spread(program: Program, how: str) -> Callable[..., dict[str, Tensor]]:
     """The program as it is to be called in each of several processes, with its gradients averaged over them.
 
     how: "ddp" or "fsdp". In one process it is the program itself. Made before the optimizer.
@@ -41,6 +41,12 @@ def spread(program: Program, how: str) -> Callable[[Any], dict[str, Tensor]]:
         process_group=dist.new_group(),  # objectives gather meanwhile, and messages are told apart by their order alone
         find_unused_parameters=not program.trains_all,
     )
+
+
+def unsynced(call: Callable, wanted: bool = True) -> AbstractContextManager:
+    """Within, gradients under DDP stay each process's own, until a backward pass outside averages what has gathered.
+    FSDP averages at each pass, to the same sum."""
+    return call.no_sync() if wanted and isinstance(call, DistributedDataParallel) else nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,21 @@ from torch import Tensor, nn
 from diptych.core.surgery import is_frozen
 
 
+@dataclass
+class Rest:
+    """A chunk's place in its batch. batch: all rows of this process; kept: what `Program.keep` kept of each chunk;
+    number: which of them is being computed."""
+
+    batch: Any
+    kept: list[Any]
+    number: int
+
+
 class Program(nn.Module):
     """`encode` makes a batch's embeddings, `loss` its losses from them; `forward` is the two in a row.
 
-    The cut between the two is where embeddings of several chunks can be gathered before one loss (GradCache).
-    `before_step` and `after_step` run once an optimizer step, not once a forward.
+    The cut between the two is where a batch can be computed in chunks (`train/accumulate.py`). `before_step` and
+    `after_step` run once an optimizer step, not once a forward.
     """
 
     entrances = ("encode", "loss")
@@ -27,12 +38,17 @@ class Program(nn.Module):
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError
 
-    def loss(self, embeddings: Any, batch: Any) -> dict[str, Tensor]:
-        """Each objective's scalar by name, and their weighted sum under "loss"."""
+    def keep(self, embeddings: Any) -> Any:
+        """What the losses of other chunks need of this one's embeddings."""
         raise NotImplementedError
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return self.loss(self.encode(batch), batch)
+    def loss(self, embeddings: Any, batch: Any, rest: Rest | None = None) -> dict[str, Tensor]:
+        """Each objective's scalar by name, and their weighted sum under "loss". With `rest` the batch is one chunk, and
+        the losses of all chunks add up to those of the batch at once."""
+        raise NotImplementedError
+
+    def forward(self, batch: Any, rest: Rest | None = None) -> dict[str, Tensor]:
+        return self.loss(self.encode(batch), batch, rest)
 
     def before_step(self) -> None:
         """Called before the first forward of an optimizer step."""

@@ -19,7 +19,7 @@ from diptych.objectives import contrastive, gather, language, matching
 from diptych.objectives.draws import choose, uniforms
 from diptych.objectives.targets import Ids
 from diptych.train.parallel import whole
-from diptych.train.program import Program, run_frozen
+from diptych.train.program import Program, Rest, run_frozen
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,31 @@ class Stage1Embeddings:
     past: Past
     pictures: Tensor
     texts: Tensor
+
+
+@dataclass
+class Held:
+    """What this process holds of a step: all its rows, of which one chunk is being computed, and the rest stands still.
+
+    batch: all; tokens (b, N, D), pictures (b, Q, E), texts (b, E): of all. start: the chunk's first row; chunks: how
+    many there are.
+    """
+
+    batch: PairBatch
+    tokens: Tensor
+    pictures: Tensor
+    texts: Tensor
+    start: int = 0
+    chunks: int = 1
+
+    @classmethod
+    def of(cls, embeddings: Stage1Embeddings, batch: PairBatch, rest: Rest | None) -> Held:
+        own = (embeddings.tokens, embeddings.pictures, embeddings.texts)
+        if rest is None:
+            return cls(batch, *own)
+        parts = [*rest.kept[: rest.number], own, *rest.kept[rest.number + 1 :]]
+        start = sum(len(texts) for _, _, texts in parts[: rest.number])
+        return cls(rest.batch, *map(torch.cat, zip(*parts, strict=True)), start, len(parts))
 
 
 class Stage1(Program):
@@ -99,40 +124,45 @@ class Stage1(Program):
         }
         return Stage1Embeddings(seen.tokens, memory, past, pictures, texts)
 
-    def loss(self, embeddings: Stage1Embeddings, batch: PairBatch) -> dict[str, Tensor]:
-        on, losses = self.objectives, {}
-        to_text, to_image = self.similarities(embeddings)
+    def keep(self, embeddings: Stage1Embeddings) -> tuple[Tensor, Tensor, Tensor]:
+        return embeddings.tokens, embeddings.pictures, embeddings.texts
+
+    def loss(self, embeddings: Stage1Embeddings, batch: PairBatch, rest: Rest | None = None) -> dict[str, Tensor]:
+        on, losses, held = self.objectives, {}, Held.of(embeddings, batch, rest)
+        to_text, to_image = self.similarities(held.pictures, held.texts, held.chunks)
         if on.itc:
-            losses["itc"] = self.contrast(to_text, to_image, batch)
+            losses["itc"] = self.contrast(to_text, to_image, held)
         if on.itm:
-            losses["itm"] = self.matching(embeddings, to_text, to_image, batch)
+            losses["itm"] = self.matching(embeddings, to_text, to_image, held)
         if on.lm:
-            losses["lm"] = self.captioning(embeddings.past, batch)
+            losses["lm"] = self.captioning(embeddings.past, batch, held)
         losses["loss"] = sum(getattr(on, name) * value for name, value in losses.items())
         return losses
 
-    def similarities(self, embeddings: Stage1Embeddings) -> tuple[Tensor, Tensor]:
-        """This process's pictures against all texts, its texts against all pictures, over the temperature: (b, B)."""
+    def similarities(self, pictures: Tensor, texts: Tensor, chunks: int = 1) -> tuple[Tensor, Tensor]:
+        """This process's pictures against all texts, its texts against all pictures, over the temperature: (b, B).
+        chunks: how many times they are computed in a step."""
         differentiable = not self.objectives.detach_gathered
-        all_texts = gather.gather(embeddings.texts, differentiable)
-        all_pictures = gather.gather(embeddings.pictures, differentiable)
-        to_text = contrastive.similarity(embeddings.pictures, all_texts)
-        to_image = contrastive.similarity(all_pictures, embeddings.texts).T
-        return to_text / self.model.temperature, to_image / self.model.temperature
+        to_text = contrastive.similarity(pictures, gather.gather(texts, differentiable))
+        to_image = contrastive.similarity(gather.gather(pictures, differentiable), texts).T
+        temperature = weighed(self.model.temperature, gradient=1 / chunks)
+        return to_text / temperature, to_image / temperature
 
-    def contrast(self, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
-        targets = Ids(batch.image_id, gather.gather(batch.image_id))
+    def contrast(self, to_text: Tensor, to_image: Tensor, held: Held) -> Tensor:
+        """Of all rows, in each chunk anew: their embeddings' gradients come chunk by chunk, and the values add up."""
+        ids = held.batch.image_id
+        targets = Ids(ids, gather.gather(ids))
         rows = contrastive.itc(to_text, to_image, targets, targets, self.objectives.smoothing)
-        return gather.mean(rows.sum(), rows.numel(), self.objectives.mean)
+        return weighed(gather.mean(rows.sum(), rows.numel(), self.objectives.mean), value=1 / held.chunks)
 
     def draw(self, weights: Tensor, batch: PairBatch, stream: str) -> Tensor:
         """One column a row of weights (b, B), keyed by (seed, step, global row); a test may put its own in place."""
         point = uniforms(self.seed, batch.step, stream, batch.first_row, weights.shape[0])
         return choose(weights, point.to(weights.device))
 
-    def matching(self, embeddings: Stage1Embeddings, to_text: Tensor, to_image: Tensor, batch: PairBatch) -> Tensor:
-        rank, _ = gather.world()
-        first = sum(gather.counts(batch.ids.shape[0], batch.ids.device)[:rank])
+    def matching(self, embeddings: Stage1Embeddings, to_text: Tensor, to_image: Tensor, held: Held) -> Tensor:
+        batch, (rank, _) = held.batch, gather.world()
+        first = sum(gather.counts(len(batch), batch.ids.device)[:rank])
         taken, due = share_of(self.objectives.matching_share, batch)
         allowed = matching.legal(
             batch.image_id, batch.caption_id, *map(gather.gather, (batch.image_id, batch.caption_id))
@@ -142,38 +172,65 @@ class Stage1(Program):
         texts = self.draw(matching.negative_weights(to_text, allowed), batch, "negative text")[taken]
         rows = first + torch.arange(len(allowed), device=pictures.device)[taken]
         pictures, texts, labels = matching.matching_rows(rows, pictures, texts)
-        ids, mask = gather.gather_padded(batch.ids)[texts], gather.gather_padded(batch.mask)[texts]
-        memory = self.seen_by(embeddings, pictures, first)
-        logits = self.model.match(memory, *trimmed(ids, mask))
         has_negative = allowed[taken].any(1)
         kept = torch.cat([torch.ones_like(has_negative), has_negative, has_negative]) & due
+        count = kept.sum()
+        if held.chunks > 1:
+            chunk = range(first + held.start, first + held.start + len(embeddings.texts))
+            pairs = in_chunk(chunk, pictures, rows.repeat(3), range(first, first + len(batch)))
+            stand_in = not len(pairs)  # every process needs a gradient of every weight
+            pictures, texts, labels, kept = (
+                part.new_full((1,), value) if stand_in else part[pairs]
+                for part, value in ((pictures, chunk.start), (texts, chunk.start), (labels, 1), (kept, False))
+            )
+        ids, mask = gather.gather_padded(batch.ids)[texts], gather.gather_padded(batch.mask)[texts]
+        memory = self.seen_by(embeddings, pictures, first, held)
+        logits = self.model.match(memory, *trimmed(ids, mask))
         losses = matching.matching_loss(logits, labels) * kept
-        return gather.mean(losses.sum(), kept.sum(), self.objectives.mean)
+        return gather.mean(losses.sum(), count, self.objectives.mean)
 
-    def seen_by(self, embeddings: Stage1Embeddings, pictures: Tensor, first: int) -> Memory:
+    def seen_by(self, embeddings: Stage1Embeddings, pictures: Tensor, first: int, held: Held) -> Memory:
         """The memory whose row r looks at picture `pictures[r]` of the global batch; ours are not projected again.
 
         The others' are gathered after their norm, so that its gradient falls to the process that holds the picture.
         """
-        memory, own = embeddings.memory, embeddings.memory.pictures
+        memory, own, begin = embeddings.memory, embeddings.memory.pictures, first + held.start
         _, size = gather.world()
         if size == 1:
-            return memory.at(pictures)
+            return memory.at(pictures - begin)
         norm = self.model.picture_norm
-        everyone = gather.gather(norm(embeddings.tokens.to(norm.weight.dtype)))
-        ours = (pictures >= first) & (pictures < first + own)
+        everyone = gather.gather(norm(held.tokens.to(norm.weight.dtype)))
+        ours = (pictures >= begin) & (pictures < begin + own)
         others, place = torch.unique(pictures[~ours], return_inverse=True)
-        index = pictures - first
+        index = pictures - begin
         index[~ours] = own + place
         return memory.join(self.model.qformer.project(everyone[others])).at(index)
 
-    def captioning(self, past: Past, batch: PairBatch) -> Tensor:
-        taken, due = share_of(self.objectives.captioning_share, batch)
+    def captioning(self, past: Past, batch: PairBatch, held: Held) -> Tensor:
+        share = self.objectives.captioning_share
+        taken, due = share_of(share, batch)
         ids, mask = trimmed(batch.ids[taken].clone(), batch.mask[taken])
         ids[:, 0] = self.start_id
         logits, labels, _ = self.model.predict(past.at(taken), ids, mask)
         losses = language.caption_loss(logits, labels, self.objectives.smoothing) * due
-        return gather.mean(losses.sum(), losses.numel() * due, self.objectives.mean)
+        everywhere, some = share_of(share, held.batch)
+        words = language.shifted(held.batch.ids[everywhere], held.batch.mask[everywhere])[0].sum()
+        return gather.mean(losses.sum(), words * some, self.objectives.mean)
+
+
+def weighed(x: Tensor, value: float = 1.0, gradient: float = 1.0) -> Tensor:
+    """`x` times `value`, with the gradient of `x` times `gradient`."""
+    if value == gradient == 1:
+        return x
+    return x.detach() * value + (x - x.detach()) * gradient
+
+
+def in_chunk(chunk: range, pictures: Tensor, texts: Tensor, ours: range) -> Tensor:
+    """Which pairs a chunk computes: those whose picture is among its rows, for the graph of that is at hand; and of
+    the pairs with another process's picture those whose text is. Rows of the global batch, `ours` this process's."""
+    is_own = (pictures >= ours.start) & (pictures < ours.stop)
+    row = torch.where(is_own, pictures, texts)
+    return ((row >= chunk.start) & (row < chunk.stop)).nonzero().flatten()
 
 
 def share_of(share: float, batch: PairBatch) -> tuple[Tensor | slice, bool]:

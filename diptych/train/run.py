@@ -159,6 +159,11 @@ def _fits(settings: Settings) -> None:
             f"data.cache=memory would make and hold all features in each of {size} processes: "
             "give data.cache=disk, which they share, or data.cache=none"
         )
+    if size > 1 and settings.train.accumulate > 1 and settings.objectives.itm and not settings.image_encoder.frozen:
+        raise UserError(
+            "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
+            "encoder would hear nothing of it: give train.accumulate=1, image_encoder.frozen=true or objectives.itm=0"
+        )
 
 
 def _batches(

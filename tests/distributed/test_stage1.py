@@ -6,6 +6,8 @@ B rows of all processes, T text tokens.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diptych.core.config import StackConfig
+from diptych.core.surgery import freeze
 from diptych.data.pairs import PairBatch
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
 from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.objectives.gather import gather
+from diptych.train.accumulate import backward
 from diptych.train.programs import Stage1, Stage1Objectives
 from tests.distributed import joined, launch, started_as
 
@@ -75,17 +79,32 @@ def batch(first: int = 0, last: int = ROWS) -> PairBatch:
     )
 
 
-def story(rows: PairBatch, draws: str, which: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Case:
+    """draws: of `DRAWS`; which: of `OBJECTIVES`; chunks: how many a step is computed in."""
+
+    draws: str
+    which: str
+    chunks: int = 1
+    frozen: bool = False
+
+
+CASES = [Case(draws, "all") for draws in DRAWS] + [Case("keyed", which) for which in OBJECTIVES if which != "all"]
+CASES += [Case(draws, "all", chunks, frozen=True) for draws, chunks in (("near and far", 2), ("all one", 4))]
+CASES += [Case("keyed", which, 2, frozen=True) for which in OBJECTIVES]
+
+
+def story(rows: PairBatch, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This process's losses and gradients."""
-    made, given = program(OBJECTIVES[which]), DRAWS[draws]
+    made, given = program(OBJECTIVES[case.which]), DRAWS[case.draws]
+    if case.frozen:
+        freeze(made.image_encoder)
     if given is not None:
         part = slice(rows.first_row, rows.first_row + len(rows.ids))
         numbers = {"negative picture": torch.tensor(given[0])[part], "negative text": torch.tensor(given[1])[part]}
         made.draw = lambda weights, _, stream: numbers[stream]
-    losses = made(rows)
-    losses["loss"].backward()
-    gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in losses.items()}, gradients
+    losses = backward(made, made, rows, case.chunks, torch.amp.GradScaler("cpu", enabled=False), nullcontext)
+    return losses, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
 def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,18 +116,13 @@ def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def told(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
-    """The means over processes of losses and gradients, for every way of drawing and every objective."""
+    """The means over processes of losses and gradients, for each case."""
     first = sum(split[:rank])
     found = {}
-    for draws, which in cases():
-        losses, gradients = story(batch(first, first + split[rank]), draws, which)
-        for name, value in averaged(losses | gradients).items():
-            found[f"{draws}, {which}: {name}"] = value
+    for case in CASES:
+        losses, gradients = story(batch(first, first + split[rank]), case)
+        found |= {f"{case}: {name}": value for name, value in averaged(losses | gradients).items()}
     return found
-
-
-def cases() -> list[tuple[str, str]]:
-    return [(draws, "all") for draws in DRAWS] + [("keyed", which) for which in OBJECTIVES if which != "all"]
 
 
 def gathered(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
@@ -126,11 +140,11 @@ def gathered(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Tensor]:
-    """The same in one process, over the whole batch."""
+    """The same in one process, over the whole batch at once."""
     found = {}
-    for draws, which in cases():
-        losses, gradients = story(batch(), draws, which)
-        found |= {f"{draws}, {which}: {name}": value for name, value in (losses | gradients).items()}
+    for case in CASES:
+        losses, gradients = story(batch(), replace(case, chunks=1))
+        found |= {f"{case}: {name}": value for name, value in (losses | gradients).items()}
     return found
 
 
@@ -163,9 +177,17 @@ def test_losses_and_gradients_are_those_of_one_process(split, worlds, alone):
 def test_every_term_counts(alone):
     """No gradient is nought but key biases', which softmax does not feel; losses differ by the draws."""
     for name, value in alone.items():
-        if ", all: " in name and "k.bias" not in name:
+        if "'all'" in name and "k.bias" not in name:
             assert value.abs().max() > 1e-6, name
-    assert len({float(alone[f"{draws}, all: itm"]) for draws in DRAWS}) == len(DRAWS)
+    assert len({float(alone[f"{Case(draws, 'all')}: itm"]) for draws in DRAWS}) == len(DRAWS)
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 6])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_give_the_gradients_of_an_encoder_that_is_trained_too(case, chunks):
+    at_once, in_chunks = (story(batch(), replace(case, chunks=count, frozen=False)) for count in (1, chunks))
+    for one, other in zip(at_once, in_chunks, strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
 
 
 @each_split

@@ -19,7 +19,8 @@ from tests.e2e.conftest import SMALL, process
 STEPS = 40
 RUN = (
     "demo", "data.path=pictures", "data.workers=1", "qformer.layers=1", "qformer.queries=2", "qformer.dropout=0.1",
-    "image_encoder.size=32", "train.batch=8", f"train.steps={STEPS}", "train.save_every=2",
+    "image_encoder.size=32", "train.batch=8", "train.accumulate=2", f"train.steps={STEPS}",
+    "train.save_every=2",
 )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def test_contrast(case):
     made = this.program.encode(this.rows)
     this.agrees(made.pictures, "itc.image_feats")
     this.agrees(made.texts, "itc.text_feat")
-    to_text, to_image = this.program.similarities(made)
+    to_text, to_image = this.program.similarities(made.pictures, made.texts)
     this.agrees(to_text, "itc.sim_i2t")
     this.agrees(to_image, "itc.sim_t2i")
     if "itc.targets" in this.golden.outputs:  # without image ids LAVIS's targets are columns

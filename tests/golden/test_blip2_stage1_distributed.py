@@ -27,7 +27,8 @@ def share(rank: int, case: str) -> dict[str, Tensor]:
     program, table = loaded(golden, LAVIS)
     ours = batch(golden, slice(rank * rows, (rank + 1) * rows))
     with torch.no_grad():
-        to_text, to_image = program.similarities(program.encode(ours))
+        made = program.encode(ours)
+        to_text, to_image = program.similarities(made.pictures, made.texts)
     draws = iter(drawn(golden.outputs[f"rank{rank}.random_draws"]))
     losses, heard = forward(program, ours, draws)
     assert next(draws, None) is None

@@ -138,6 +138,15 @@ def test_a_trained_tower_is_paid_in_every_step(tmp_path):
     assert trained.memory["AdamW's moments"] > frozen.memory["AdamW's moments"]
 
 
+def test_chunks_take_less_memory_and_encode_again(tmp_path):
+    one, four = (settings(tmp_path, train__accumulate=count) for count in ("1", "4"))
+    built = build(one)
+    whole, parts = cost(one, built=built), cost(four, built=built)
+    assert parts.memory["activations"] == round(whole.memory["activations"] / 4)
+    again = parts.flops.pop("encoding again")
+    assert parts.flops == whole.flops and 0 < 2 * again < whole.flops["pictures, texts and ITC"]
+
+
 def test_data_bound_the_captions_the_batch_and_the_features(tmp_path):
     chosen = settings(tmp_path)
     built = build(chosen)

@@ -70,6 +70,16 @@ def told(batch: PairBatch, words: Tokenizer) -> list[str]:
     return [words.decode(row) for row in batch.ids]
 
 
+def test_a_batch_in_chunks_is_the_batch(steps):
+    whole = steps(5)[0]
+    chunks = whole.split(3)
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1] and [chunk.first_row for chunk in chunks] == [0, 2, 4]
+    assert {chunk.step for chunk in chunks} == {whole.step} and len(whole) == 5
+    for name in ("ids", "mask", "image_id", "caption_id", "pixels"):
+        assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks]), getattr(whole, name))
+    assert [chunk.first_row for chunk in chunks[1].split(2)] == [2, 3]
+
+
 @pytest.mark.parametrize("captions", ["one", "all"])
 def test_going_on_from_a_step_gives_what_going_through_would(steps, captions):
     """Over three epochs, from every step, in batches made anew: nothing is carried from step to step."""
