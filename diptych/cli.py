@@ -121,12 +121,12 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     chosen = config.load(recipe, settings)
     if not as_json:
         click.echo(config.dump(chosen))
-    from diptych.data.readers.source import shard_files
+    from diptych.data.readers.source import is_here
     from diptych.train.build import splits
     from diptych.train.cost import cost
 
     path = chosen.data.path
-    has_data = path is not None and (Path(path).exists() or bool(shard_files(Path(path))))
+    has_data = path is not None and is_here(Path(path).expanduser())
     found = cost(chosen, splits(chosen)["train"] if has_data else None)
     if as_json:
         from dataclasses import asdict
@@ -373,12 +373,13 @@ def _check_new(file: str) -> None:
 
 
 def _files_by_split(path: str) -> list[str | None]:
-    """The splits of shards, or the usual ones that a folder has a file of each for; else None alone: all at once."""
+    """The splits of shards and tables, or the usual ones that a folder has a file of each for; else None alone: all at
+    once."""
     from diptych.data.readers import splits
-    from diptych.data.readers.source import shard_files
+    from diptych.data.readers.source import shard_files, table_files
 
     here = [name for name in ("train", "val", "test") if any(Path(path).glob(f"{name}.*"))]
-    if shard_files(Path(path)):
+    if shard_files(Path(path)) or table_files(Path(path)):
         here = splits(path)
     return [*here] if len(here) > 1 else [None]
 

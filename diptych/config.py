@@ -19,9 +19,10 @@ class Section(BaseModel):
 class Data(Section):
     """Pictures and their captions.
 
-    path: a file or folder (COCO captions, Karpathy's JSON, JSONL, CSV, pictures with .txt); images: where its pictures
-    lie, when not beside it. train, val, test: names of splits, where it has any; hold_out: without a val split, this
-    many training pictures (at most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
+    path: a file or folder (COCO captions, Karpathy's JSON, JSONL, CSV, pictures with .txt, tar shards, parquet files, a
+    saved Hugging Face dataset), or hf:OWNER/NAME of the hub; images: where its pictures lie, when not beside it.
+    train, val, test: names of splits, where it has any; hold_out: without a val split, this many training pictures (at
+    most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
     max_tokens: of a caption.
     cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "disk" keeps that for
     other runs too, in cache_folder, and maps it into memory; "none" encodes at every step.

@@ -1,6 +1,8 @@
-"""A picture's bytes, from a file of its own or from a tar: `FOLDER/train-000003.tar/KEY.jpg` is the tar's KEY.jpg.
+"""A picture's bytes, from a file of its own or from one that holds many.
 
-Where a tar's members lie is found by one pass over its headers, and kept beside it in `train-000003.tar.index`.
+`FOLDER/train-000003.tar/KEY.jpg` is the tar's KEY.jpg, `FOLDER/train.parquet/17` the picture in row 17 of a table
+(tables.py). Where a tar's members lie is found by one pass over its headers, and kept beside it in
+`train-000003.tar.index`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -20,9 +23,12 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from diptych.data import tables
+
 TAR = ".tar"
 HELD = 64  # tars held open by a process
 ZEROS = bytes(tarfile.BLOCKSIZE)  # what follows the last member
+HOLDERS = re.compile(rf"(?:{'|'.join(map(re.escape, (TAR, *tables.SUFFIXES)))})(?={re.escape(os.sep)})")
 _indices: dict[str, Index] = {}  # by the tar's path
 
 
@@ -71,24 +77,32 @@ class _Content(io.BytesIO):
 
 
 def opened(path: str | Path) -> IO[bytes]:
-    """A file, or a member of a tar, to read from its begin. FileNotFoundError and its like as `open` has them."""
-    tar, name = _parted(os.fspath(path))
-    if not tar:
+    """A file, a member of a tar or a table's picture, to read from its begin. FileNotFoundError and its like as `open`
+    has them."""
+    holder, name = _parted(os.fspath(path))
+    if not holder:
         return open(path, "rb")
+    content = _member(holder, name) if holder.endswith(TAR) else tables.picture(holder, name)
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return _Content(content)
+
+
+def _member(tar: str, name: str) -> bytes | None:
     index = index_of(tar)
     member = index.find(name)
     if member is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return None
     if not hasattr(os, "pread"):  # Windows
         with open(tar, "rb") as file:
             file.seek(member.offset)
-            return _Content(file.read(member.size))
+            return file.read(member.size)
     held = _held(tar, index.stamp)
-    return _Content(os.pread(held.fileno(), member.size, member.offset))
+    return os.pread(held.fileno(), member.size, member.offset)
 
 
 def read(path: str | Path) -> bytes:
-    """All of a file, or of a member of a tar."""
+    """All of a file, of a member of a tar or of a table's picture."""
     with opened(path) as file:
         return file.read()
 
@@ -100,12 +114,14 @@ def flush(file: IO) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file, or such a member of a tar."""
-    tar, name = _parted(os.fspath(path))
-    if not tar:
+    """Whether there is such a file, such a member of a tar or such a picture in a table."""
+    holder, name = _parted(os.fspath(path))
+    if not holder:
         return os.path.isfile(path)
     with suppress(OSError, ValueError):
-        return index_of(tar).find(name) is not None
+        if holder.endswith(TAR):
+            return index_of(holder).find(name) is not None
+        return tables.has_picture(holder, name)
     return False
 
 
@@ -120,13 +136,11 @@ def index_of(tar: str) -> Index:
 
 
 def _parted(path: str) -> tuple[str, str]:
-    """(tar, name of its member), or ("", path) for a path that leads into no tar."""
-    end = path.find(TAR + os.sep)
-    while end >= 0:
-        tar = path[: end + len(TAR)]
-        if os.path.isfile(tar):
-            return tar, path[len(tar) + 1 :].replace(os.sep, "/")
-        end = path.find(TAR + os.sep, end + 1)
+    """(tar or table, what it holds under which name), or ("", path) for a path that leads into neither."""
+    for suffix in HOLDERS.finditer(path):
+        holder = path[: suffix.end()]
+        if os.path.isfile(holder):
+            return holder, path[len(holder) + 1 :].replace(os.sep, "/")
     return "", path
 
 

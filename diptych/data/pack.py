@@ -148,12 +148,12 @@ def _fill(file: IO[bytes], records: Sequence[Record], start: int, limits: Limits
 def _sample(place: int, record: Record) -> list[tuple[tarfile.TarInfo, bytes]]:
     """The members made of a record. They have no times, owners or rights of their own: equal records give equal bits.
     BadPicture where its picture can't be used."""
-    decode(record.image, record.where)
+    decoded = decode(record.image, record.where)
     try:
         picture = files.read(record.image)
     except OSError as error:
         raise UserError(f"{record.where}: picture {record.image!r} can't be read: {error.strerror}") from None
-    kind = os.path.splitext(record.image)[1][1:].lower()
+    kind = os.path.splitext(record.image)[1][1:].lower() or str(decoded.format).lower()
     about = json.dumps({"captions": record.captions, "image_id": record.image_id}).encode()
     members = []
     for extension, content in ((kind if kind in PICTURES else "img", picture), ("json", about)):

@@ -1,4 +1,4 @@
-"""Pictures from files and tars: in RGB, or the fault that keeps them from being used."""
+"""Pictures from files, tars and tables: in RGB, or the fault that keeps them from being used."""
 
 from __future__ import annotations
 

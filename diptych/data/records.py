@@ -14,7 +14,7 @@ from diptych.errors import UserError
 class Record:
     """One picture and what is said of it."""
 
-    image: str  # absolute path, of a file or of a member of a tar (files.py)
+    image: str  # absolute path, of a file, a tar's member or a table's row (files.py)
     captions: tuple[str, ...]  # at least one, none empty, without white space at the ends
     image_id: int | str  # equal ids are the same picture, and never negatives of each other
     where: str  # "captions.json, image 17", "data.csv, line 12": for messages

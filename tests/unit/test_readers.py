@@ -197,7 +197,7 @@ def test_folder_of_the_split(tmp_path):
 
 
 def test_formats_can_be_named(tmp_path):
-    assert formats() == ("coco", "karpathy", "jsonl", "csv", "folder", "shards")
+    assert formats() == ("coco", "karpathy", "jsonl", "csv", "folder", "shards", "parquet", "hf")
     pictures(tmp_path, "a.jpg", "b.jpg")
     file = write(tmp_path / "captions.txt", coco())
     assert len(read(file, format="coco")) == 2

@@ -11,7 +11,16 @@ from diptych.data.readers.faults import Collecting, Fault, Listener, Strict
 from diptych.data.readers.gather import Places, gather, place
 from diptych.data.readers.schemas import Parse, Row
 from diptych.data.readers.shards import labelled, shards
-from diptych.data.readers.source import FORMATS, SUFFIXES, annotation_files, load_json, locate, shard_files
+from diptych.data.readers.source import (
+    FORMATS,
+    SUFFIXES,
+    annotation_files,
+    load_json,
+    locate,
+    shard_files,
+    table_files,
+)
+from diptych.data.readers.tables import labels_of, tables
 from diptych.data.records import Record
 from diptych.errors import UserError
 
@@ -36,9 +45,10 @@ def read(
 ) -> list[Record]:
     """The pictures and captions of a file or a folder, one record a picture, in the order of the file.
 
-    path: an annotations file, a folder that holds one, a folder of pictures with a .txt beside each, or tar shards: a
-    folder of them, one, or a pattern as `train-{000..012}.tar`. images: the folder that the pictures' paths start from;
-    without it, `images/` beside the file and then the file's own folder.
+    path: an annotations file, a folder that holds one, a folder of pictures with a .txt beside each, tar shards or
+    parquet files (a folder of them, one, or a pattern as `train-{000..012}.tar`), a folder that `datasets` saved, or
+    `hf:OWNER/NAME` of the Hugging Face hub. images: the folder that the pictures' paths start from; without it,
+    `images/` beside the file and then the file's own folder.
     split: rows of that split only (`restval` counts to train), or the file `<split>.*` of a folder. limit: so many
     pictures at most. Captions lose the white space at their ends. Pictures without a caption are left out, and their
     number logged. Every picture is known to be there. Raises UserError at the first fault, naming file and row; where
@@ -67,6 +77,8 @@ def splits(path: str | Path, *, format: str = "auto") -> tuple[str, ...]:
     folder = Path(path).expanduser()
     if tars := shard_files(folder, format):
         return _distinct(label for _, label in labelled(tars))
+    if found := table_files(folder, format):
+        return _distinct(labels_of(found))
     if folder.is_dir() and format != "folder":
         files = annotation_files(folder)
         if len(files) > 1:
@@ -93,6 +105,7 @@ def load(
     """`read`, with the faults told to `tell`. Raises UserError where the file as a whole is no data set."""
     file = locate(path, split, format)
     tars = shard_files(file, format)
+    held = [] if tars else table_files(file, format)
     where = Path("/") if tars else None  # shards name their pictures by the whole path
     if images is not None:
         where = Path(images).expanduser()
@@ -100,14 +113,16 @@ def load(
             raise UserError(f"images={images} is not a folder: give the folder that holds the pictures")
         if tars:
             raise UserError(f"{file}: the pictures of shards lie in the shards: leave out images=")
-        if file.is_dir():
+        if file.is_dir() and not held:
             raise UserError(f"{file} is read as a folder of pictures with .txt files beside them: leave out images=")
     parse = Parse(file, tell, split)
-    rows = gather(shards(parse, tars) if tars else _rows(parse, format), tell)
+    found = shards(parse, tars) if tars else tables(parse, held) if held else _rows(parse, format)
+    rows = gather(found, tell)
     parse.end()
     if not rows and not tell.faults:
-        raise UserError(f"{file} holds no picture with a caption" if tars else _nothing(file))
-    return place(rows[:limit], Places.of(file, where), tell)
+        raise UserError(f"{file} holds no picture with a caption" if tars or held else _nothing(file))
+    home = file if file.exists() or not held else held[0][0]  # of the hub's, the cache that they lie in
+    return place(rows[:limit], Places.of(home, where), tell)
 
 
 def _nothing(file: Path) -> str:

@@ -19,6 +19,7 @@ from diptych.data.readers.faults import Listener, listed, shown
 from diptych.data.readers.source import PICTURE_SUFFIXES, text_lines
 from diptych.errors import UserError, nearest
 
+CAPTIONS = ("caption", "captions", "text", "sentences")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -207,22 +208,26 @@ def lines_of_json(parse: Parse) -> Iterator[tuple[str, Any]]:
 
 
 def rows(objects: Iterator[tuple[str, Any]], parse: Parse) -> Iterator[Row]:
-    """Objects with `image`, `caption` (text, or a list of texts) or `captions`, and perhaps `image_id` and `split`."""
+    """Objects with `image` and captions, and perhaps `image_id` and `split`. Captions are text, or a list of texts, in
+    `caption` and `captions`, else in `text`, else in `sentences`, there perhaps as Karpathy's objects with `raw`."""
     first = True
     for where, row in objects:
         if not isinstance(row, dict):
             parse.tell.fault("bad row", where, f"is not an object with 'image' and 'caption': {shown(row)}")
             continue
         if first:
-            _wanted(list(row), [("image",), ("caption", "captions")], parse.file, "key")
+            wanted(list(row), [("image",), CAPTIONS], parse.file, "key")
             first = False
         if not parse.takes(row.get("split"), where):
             continue
-        texts = []
-        for key in ("caption", "captions"):
-            value = row.get(key)
-            texts += value if isinstance(value, list) else [value] if key in row else []
-        yield from _row(row.get("image"), texts or [None], row.get("image_id"), where, parse)
+        yield from _row(row.get("image"), _texts(row) or [None], row.get("image_id"), where, parse)
+
+
+def _texts(row: dict) -> list:
+    """What stands where a row's captions should, of any type."""
+    keys = [key for key in CAPTIONS[:2] if key in row] or [key for key in CAPTIONS[2:] if key in row][:1]
+    values = [value for key in keys for value in (row[key] if isinstance(row[key], list) else [row[key]])]
+    return [value["raw"] if isinstance(value, dict) and "raw" in value else value for value in values]
 
 
 def table(parse: Parse) -> Iterator[Row]:
@@ -243,7 +248,7 @@ def table(parse: Parse) -> Iterator[Row]:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
-            _wanted(header, [("image",), ("caption",)], parse.file, "column")
+            wanted(header, [("image",), ("caption",)], parse.file, "column")
             continue
         if len(cells) != len(header):
             rule = "" if tabs else ": put quotes round a caption that holds a comma"
@@ -263,7 +268,8 @@ def _number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text
 
 
-def _wanted(found: list[str], wanted: list[tuple[str, ...]], file: Path, noun: str) -> None:
+def wanted(found: list[str], wanted: list[tuple[str, ...]], file: Path, noun: str) -> None:
+    """UserError where of some names none was found, or one twice."""
     for names in wanted:
         if not set(names) & set(found):
             raise UserError(f"{file} has no {noun} '{names[0]}' (found {listed(found)}){nearest(names[0], found)}")

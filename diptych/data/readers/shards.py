@@ -18,15 +18,18 @@ from diptych.data import files
 from diptych.data.readers.faults import listed, shown
 from diptych.data.readers.schemas import Parse, Row
 from diptych.data.readers.source import PICTURE_SUFFIXES, not_utf8
+from diptych.data.tables import SUFFIXES
 
 PICTURES = (*(suffix[1:] for suffix in PICTURE_SUFFIXES), "img")  # img: what `data pack` calls any other kind
+SUFFIX = re.compile(rf"(?:{'|'.join(map(re.escape, (files.TAR, *SUFFIXES)))})\Z")
 MANIFEST = "pack.json"
 USUAL = ("train", "restval", "val", "valid", "validation", "dev", "test")
 
 
 def split_of(name: str) -> str:
-    """What stands before the number in a shard's name: `train` of `train-000003.tar`, "" of `000003.tar`."""
-    return re.sub(r"[-_.]*[0-9]*\Z", "", name.removesuffix(files.TAR), count=1)
+    """What stands before the number in a shard's name: `train` of `train-000003.tar` and of
+    `train-00003-of-00009.parquet`, "" of `000003.tar`."""
+    return re.sub(r"[-_.]*[0-9]*(-of-[0-9]+)?\Z", "", re.sub(SUFFIX, "", name), count=1)
 
 
 def labelled(tars: Sequence[Path], wanted: str | None = None) -> list[tuple[Path, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diptych.data import tables
 from diptych.data.files import TAR
 from diptych.data.readers.faults import Listener, listed
 from diptych.errors import UserError, nearest
@@ -22,14 +23,21 @@ FORMATS = {  # format → the kinds of file that may hold it
     "csv": ("csv",),
     "folder": (),
     "shards": (),
+    "parquet": (),
+    "hf": (),
 }
-NUMBERED = re.compile(r"(?:.*[-_.])?[0-9]+\.tar", re.DOTALL)  # `000.tar`, `train-000.tar`; not `val2014.tar`
+SEVERAL = {  # format → what a folder is searched for
+    "shards": "no .tar file",
+    "parquet": "no .parquet file",
+    "hf": "no data set that `save_to_disk` wrote",
+}
+NUMBERED = re.compile(r"(?:.*[-_.])?[0-9]+\.[a-z]+", re.DOTALL)  # `000.tar`, `train-000.tar`; not `val2014.tar`
 BRACES = re.compile(r"\{(?:([0-9]+)\.\.([0-9]+)|([^{}]*,[^{}]*))\}")
 
 
 def locate(path: str | Path, split: str | None, format: str) -> Path:
-    """The annotations file that `path` names, or `path` itself when it means shards, or a folder of pictures with .txt
-    files.
+    """The annotations file that `path` names, or `path` itself when it means shards or tables, or a folder of pictures
+    with .txt files.
 
     A folder gives `<split>.json` (.jsonl, .csv, .tsv) if it has that, else its only annotations file, else its
     sub-folder `<split>`, else itself. Raises UserError when there is nothing, or several files to choose from.
@@ -37,14 +45,14 @@ def locate(path: str | Path, split: str | None, format: str) -> Path:
     if format != "auto" and format not in FORMATS:
         raise UserError(f"format '{format}' is unknown (known: auto, {', '.join(FORMATS)}){nearest(format, FORMATS)}")
     path = Path(path).expanduser()
-    if shard_files(path, format):
+    if shard_files(path, format) or table_files(path, format):
         return path
     if not path.exists():
         raise UserError(f"{path} is not there{_neighbour(path)}")
-    if format == "shards":
+    if format in SEVERAL:
         folder = _sub_folder(path, split)
         if folder is None:
-            raise UserError(f"{path} holds no .tar file to read as format 'shards'")
+            raise UserError(f"{path} holds {SEVERAL[format]} to read as format '{format}'")
         return locate(folder, None, format)
     if format == "folder":
         if not path.is_dir():
@@ -80,28 +88,63 @@ def shard_files(path: Path, format: str = "auto") -> list[Path]:
     if format not in ("auto", "shards"):
         return []
     path = Path(os.path.abspath(path))
-    if path.is_dir():
-        return _shards_of(path, format == "shards")
-    if path.suffix != TAR:
+    return _files_in(path, TAR, format == "shards") if path.is_dir() else _named(path, TAR)
+
+
+def table_files(path: Path, format: str = "auto") -> list[tuple[Path, str]]:
+    """The parquet or Arrow files that `path` means, in order, and the split of each, "" where only its name can tell.
+
+    That is one file, those of a pattern, a folder's or its `data/`'s, as the hub has them; a folder that `save_to_disk`
+    wrote; or `hf:OWNER/NAME`. Beside annotations, parquet files without a number are nobody's. UserError where some
+    files of a pattern are missing, or the hub can't be reached.
+    """
+    if format not in ("auto", "parquet", "hf"):
         return []
-    tars = [path] if path.is_file() else [Path(name) for name in _expanded(str(path))]
-    missing = [tar for tar in tars if not tar.is_file()]
-    if len(missing) == len(tars):
+    if str(path).startswith(tables.HUB):
+        return tables.of_hub(str(path)) if format != "parquet" else []
+    path = Path(os.path.abspath(path))
+    if found := tables.saved(path) if format != "parquet" else []:
+        return found
+    if not path.is_dir():
+        return [(file, "") for suffix in tables.SUFFIXES for file in _named(path, suffix)]
+    sure, inner = format == "parquet", path / "data"
+    files = _files_in(path, tables.PARQUET, sure) if format != "hf" else []
+    if not files and format != "hf" and inner.is_dir() and not annotation_files(path):
+        files = _files_in(inner, tables.PARQUET, sure)
+    return [(file, "") for file in files]
+
+
+def is_here(path: Path) -> bool:
+    """Whether `path` means anything on this machine; the hub isn't asked."""
+    if path.exists() or str(path).startswith(tables.HUB):
+        return path.exists()
+    return bool(shard_files(path) or table_files(path))
+
+
+def _named(path: Path, suffix: str) -> list[Path]:
+    """The file itself, or those of a pattern; none where there is none."""
+    if path.suffix != suffix:
+        return []
+    files = [path] if path.is_file() else [Path(name) for name in _expanded(str(path))]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
         return []
     if missing:
-        raise UserError(f"{path}: {len(missing)} of its {len(tars)} shards are missing, the first {missing[0]}")
-    return tars
+        raise UserError(f"{path}: {len(missing)} of its {len(files)} shards are missing, the first {missing[0]}")
+    return files
 
 
-def _shards_of(folder: Path, sure: bool) -> list[Path]:
+def _files_in(folder: Path, suffix: str, sure: bool) -> list[Path]:
+    """Those with the suffix, sorted; none where they have no numbers, and what lies beside them is likelier meant."""
     with os.scandir(folder) as entries:
         seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    tars = [name for name, is_folder in seen if name.endswith(TAR) and not is_folder]
-    if tars and not sure and not any(NUMBERED.fullmatch(tar) for tar in tars):
-        others = (*SUFFIXES, *PICTURE_SUFFIXES)
-        if any(is_folder or name.lower().endswith(others) for name, is_folder in seen):
+    files = [name for name, is_folder in seen if name.endswith(suffix) and not is_folder]
+    if files and not sure and not any(NUMBERED.fullmatch(file) for file in files):
+        is_tar = suffix == TAR  # it may be what the folders and pictures came in; a table may name them
+        others = (*SUFFIXES, *PICTURE_SUFFIXES) if is_tar else tuple(SUFFIXES)
+        if any(is_folder and is_tar or name.lower().endswith(others) for name, is_folder in seen):
             return []
-    return [folder / tar for tar in tars]
+    return [folder / file for file in files]
 
 
 def _expanded(pattern: str) -> list[str]:
