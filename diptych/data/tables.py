@@ -8,6 +8,7 @@ no single row can be read: `datasets` writes it once as Arrow into its cache (HF
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import sys
@@ -45,7 +46,7 @@ def has_picture(file: str, row: str) -> bool:
 def _cell(file: str, row: str) -> pa.Array | None:
     """The bytes in a row as an array of one, which, unlike pyarrow's scalars, copies nothing."""
     table = mapped(file)
-    if IMAGE not in table.column_names or not row.isdecimal() or int(row) >= len(table):
+    if IMAGE not in table.column_names or not (row.isascii() and row.isdecimal()) or int(row) >= len(table):
         return None
     found = table.column(IMAGE).slice(int(row), 1).chunk(0)
     if _pyarrow().types.is_struct(found.type):
@@ -115,8 +116,6 @@ def of_hub(name: str) -> list[tuple[Path, str]]:
 
 def _mapped(file: str) -> pa.Table:
     pa = _pyarrow()
-    if file.endswith(PARQUET) and not pa.parquet.read_metadata(file).num_rows:  # nothing that could be kept as Arrow
-        return pa.parquet.read_schema(file).empty_table()
     parts = []
     for part in _arrow_files(file) if file.endswith(PARQUET) else [file]:
         with _told(part):
@@ -124,7 +123,7 @@ def _mapped(file: str) -> pa.Table:
             with pa.memory_map(part) as source:
                 parts.append(pa.ipc.open_stream(source).read_all())
             parts[-1].validate()
-    return pa.concat_tables(parts)
+    return pa.concat_tables(parts) if parts else pa.parquet.read_schema(file).empty_table()
 
 
 def _look_at_its_end(file: str) -> None:
@@ -141,11 +140,14 @@ def _arrow_files(parquet: str) -> list[str]:
     known = columns(parquet)
     if IMAGE not in known:
         raise OSError(errno.EIO, f"has no column '{IMAGE}'")
+    with _told(parquet):
+        if not _pyarrow().parquet.read_metadata(parquet).num_rows:
+            return []
     chosen = [name for name in COLUMNS if name in known]
     with _quiet(parquet) as datasets:
         try:
             made = datasets.load_dataset(
-                "parquet", data_files=[parquet], split="train", columns=chosen, batch_size=BATCH
+                "parquet", data_files=[glob.escape(parquet)], split="train", columns=chosen, batch_size=BATCH
             )
         except Exception as error:  # noqa: BLE001 - of the disk or the file, wrapped in classes of its own
             if _is_of_the_disk(error):

@@ -195,6 +195,18 @@ def test_one_split_is_read_without_the_others(tmp_path, cache_of_datasets):
     assert len(list(cache_of_datasets.rglob("*.arrow"))) == 1
 
 
+def test_a_column_of_numbers_names_no_split(tmp_path):
+    parquet(tmp_path / "test-0.parquet", apples(0, 2, split=3))
+    assert splits(tmp_path) == ("test",) and len(read(tmp_path, split="test")) == 2
+
+
+def test_a_pattern_in_a_name_is_a_name_and_one_time_is_not_one_file(tmp_path):
+    for number in range(3):
+        file = parquet(tmp_path / "a [b]*{c} #%20" / f"train-{number}.parquet", apples(number, 1))
+        os.utime(file, (1e9, 1e9))
+    assert [files.read(r.image) for r in read(tmp_path / "a [b]*{c} #%20")] == [jpeg(9 * n) for n in range(3)]
+
+
 def test_parquet_beside_annotations_is_read_where_it_is_numbered_or_named(tmp_path):
     pictures(tmp_path, "a.png")
     write(tmp_path / "d.jsonl", json.dumps({"image": "a.png", "caption": "beside"}))

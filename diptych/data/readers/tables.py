@@ -30,10 +30,10 @@ Labelled = tuple[Path, str]  # a table and its split
 def labels_of(found: Sequence[Labelled]) -> Iterator[str]:
     """The splits of some tables, some of them again and again: of their rows, else of the tables themselves."""
     for file, label in _labelled(found):
-        named = None
+        named = []
         with suppress(OSError):  # told by whoever reads the rows
-            named = maps.values(str(file), "split") if "split" in maps.columns(str(file)) else None
-        yield from [label] if named is None else [name for name in named if isinstance(name, str) and name]
+            named = _named(file)
+        yield from named or [label]
 
 
 def tables(parse: Parse, found: Sequence[Labelled]) -> Iterator[Row]:
@@ -43,8 +43,8 @@ def tables(parse: Parse, found: Sequence[Labelled]) -> Iterator[Row]:
         try:
             columns = maps.columns(str(file))
             schemas.wanted(columns, [(maps.IMAGE,), schemas.CAPTIONS], file, "column")
-            if "split" in columns:
-                label = ""
+            if _named(file):
+                label = ""  # each row says its own
             elif not parse.takes(label, file.name):
                 continue
             table = maps.mapped(str(file))
@@ -52,6 +52,13 @@ def tables(parse: Parse, found: Sequence[Labelled]) -> Iterator[Row]:
             parse.tell.fault("bad table", file.name, f"can't be read: {error.strerror}")
         else:
             yield from schemas.rows(_objects(file, label, table, named), parse)
+
+
+def _named(file: Path) -> list[str]:
+    """The splits that the rows of a table name; none where they name none."""
+    if "split" not in maps.columns(str(file)):
+        return []
+    return [name.strip() for name in maps.values(str(file), "split") if isinstance(name, str) and name.strip()]
 
 
 def _labelled(found: Sequence[Labelled], wanted: str | None = None) -> Iterable[Labelled]:
