@@ -31,6 +31,7 @@ from tests.unit.test_pack import sight
 from tests.unit.test_pictures import BAD, GOOD, SPEC
 from tests.unit.test_readers import pictures, said, write
 from tests.unit.test_shards import faults, jpeg
+from tests.unit.test_training import full_disk
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -295,6 +296,20 @@ def test_damaged_pages_of_a_parquet_file_are_said(tmp_path):
     assert faults(tmp_path) == [("bad table", "train-0.parquet")]
     assert "train-0.parquet: can't be read: " in said(tmp_path)
     assert len(read(tmp_path, faults=[])) == 3
+
+
+def test_a_cache_that_takes_no_more_is_one_line(tmp_path, cache_of_datasets, monkeypatch):
+    file = parquet(tmp_path / "d.parquet", apples(0, 40))
+    told = (
+        r"d.parquet can't be written into the cache of datasets, .*: make room, or name another folder in HF_DATASETS"
+    )
+    with pytest.raises(UserError, match=told), full_disk():
+        read(file, faults=[])
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as elsewhere, pytest.raises(UserError, match=told):
+        elsewhere.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+        read(file, faults=[])
+    assert len(read(file)) == 40 and len(list(cache_of_datasets.rglob("*.arrow"))) == 1
 
 
 def test_rows_that_are_not_there(tmp_path):
