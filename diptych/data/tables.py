@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -106,11 +107,13 @@ def of_hub(name: str) -> list[tuple[Path, str]]:
     title, _, part = rest.partition("/")
     if not owner or not title or "/" in part:
         raise UserError(f"{name}: give a data set of the Hugging Face hub as {HUB}OWNER/NAME, or {HUB}OWNER/NAME/PART")
-    with _quiet(name) as datasets:
+    with _quiet() as datasets:
         try:
             found = datasets.load_dataset(f"{owner}/{title}", part or None)
         except Exception as error:  # noqa: BLE001 - of the network, the hub, the disk or the data set, in any class
-            raise UserError(f"{name} can't be had from the Hugging Face hub or its cache: {_reason(error)}") from None
+            told = f"can't be had from the Hugging Face hub or cache: {_reason(error)}"
+            what = "check the name and the network, or give a folder that `save_to_disk` wrote"
+            raise UserError(f"{name} {told}; {what}") from None
     return [(Path(file["filename"]), str(split)) for split, part in found.items() for file in part.cache_files]
 
 
@@ -144,7 +147,7 @@ def _arrow_files(parquet: str) -> list[str]:
         if not _pyarrow().parquet.read_metadata(parquet).num_rows:
             return []
     chosen = [name for name in COLUMNS if name in known]
-    with _quiet(parquet) as datasets:
+    with _quiet() as datasets:
         try:
             made = datasets.load_dataset(
                 "parquet", data_files=[glob.escape(parquet)], split="train", columns=chosen, batch_size=BATCH
@@ -185,21 +188,24 @@ def _told(file: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[Any]:
-    """The library `datasets`, without its log and, where nobody watches, its bars."""
+def _quiet() -> Iterator[Any]:
+    """The library `datasets`, without its log and the hub's and, where nobody watches, its bars."""
     _pyarrow()
     try:
         import datasets
     except ImportError:
         raise _missing("datasets") from None
-    level, had_bars = datasets.logging.get_verbosity(), not datasets.utils.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    levels = {log: log.level for log in map(logging.getLogger, ("datasets", "huggingface_hub"))}
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
+    had_bars = not datasets.utils.are_progress_bars_disabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield datasets
     finally:
-        datasets.logging.set_verbosity(level)
+        for log, level in levels.items():
+            log.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
 
