@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych.data.pictures import BadPicture, open_picture
 from diptych.data.readers.faults import Fault
-from diptych.data.records import Record
+from diptych.data.records import Record, compact
 from diptych.data.transforms import Transform
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ class Files:
     where it would stop."""
 
     def __init__(self, records: Sequence[Record], transforms: Sequence[Transform], skip: bool = False):
-        self.records, self.transforms, self.skip = records, transforms, skip
+        self.records, self.transforms, self.skip = compact(records), transforms, skip
         self.views = len(transforms)
 
     def __len__(self) -> int:
@@ -158,9 +158,9 @@ class PairSteps(Dataset):
         part: Callable[[int], range] = range,
     ):
         """part: which rows of a batch of so many this process reads, all by default."""
-        self.records, self.pictures, self.tokenizer = records, pictures, tokenizer
+        self.records, self.pictures, self.tokenizer = compact(records), pictures, tokenizer
         self.captions, self.max_tokens, self.seed = captions, max_tokens, seed
-        rows = len(records) if captions == "one" else sum(len(r.captions) for r in records)
+        rows = len(records) if captions == "one" else int(self.records.captions.sum())
         if len({r.image_id for r in records}) < 2:
             raise UserError("training needs at least two pictures with captions: contrast compares them")
         self.batch = min(batch, rows)
@@ -177,12 +177,13 @@ class PairSteps(Dataset):
         return self._kept[1]
 
     def _order(self, epoch: int) -> np.ndarray:
-        draw = np.random.default_rng([self.seed, epoch])
+        draw, counts = np.random.default_rng([self.seed, epoch]), self.records.captions
         if self.captions == "one":
-            counts = np.array([len(r.captions) for r in self.records])
             pairs = np.stack([np.arange(len(counts)), draw.integers(counts)], 1)
         else:
-            pairs = np.array([(i, j) for i, r in enumerate(self.records) for j in range(len(r.captions))])
+            first = np.cumsum(counts) - counts
+            pairs = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum())], 1)
+            pairs[:, 1] -= np.repeat(first, counts)
         pairs = draw.permutation(pairs)
         views = draw.integers(self.pictures.views, size=(len(pairs), 1))  # last, so that with one the rest stays
         return np.concatenate([pairs, views], 1)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from diptych.errors import UserError
+
+CODE = ("utf-8", "surrogatepass")  # paths may hold bytes that are no UTF-8
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,41 @@ class Record:
     captions: tuple[str, ...]  # at least one, none empty, without white space at the ends
     image_id: int | str  # equal ids are the same picture, and never negatives of each other
     where: str  # "captions.json, image 17", "data.csv, line 12": for messages
+
+
+class Records(Sequence[Record]):
+    """Records in a few arrays, for a run: a million of them as Python objects would be copied into each worker bit by
+    bit, for whoever looks at an object writes its count of references. captions: how many each record has (n,)."""
+
+    def __init__(self, records: Iterable[Record]):
+        texts, ends, counts = bytearray(), [0], []
+        for record in records:
+            for text in (record.image, record.where, json.dumps(record.image_id), *record.captions):
+                texts += text.encode(*CODE)
+                ends.append(len(texts))
+            counts.append(len(record.captions))
+        self._texts = np.frombuffer(bytes(texts), np.uint8)
+        self._ends = np.array(ends, np.int64)
+        self.captions = np.array(counts, np.int64)
+        self._first = np.concatenate([[0], np.cumsum(self.captions + 3)])  # of each record's texts
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # IndexError, and from the end where it is negative
+        first, last = self._first[index], self._first[index + 1]
+        ends = self._ends[first : last + 1]
+        texts = self._texts[ends[0] : ends[-1]].tobytes()
+        parts = (texts[a:b].decode(*CODE) for a, b in zip(ends - ends[0], ends[1:] - ends[0], strict=False))
+        image, where, image_id, *captions = parts
+        return Record(image, tuple(captions), json.loads(image_id), where)
+
+
+def compact(records: Iterable[Record]) -> Records:
+    return records if isinstance(records, Records) else Records(records)
 
 
 def hold_out(records: Sequence[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:

@@ -34,7 +34,7 @@ def pictures(
     data = settings.data
     files = Files(records, views(encoder.spec, data.views), data.on_bad == "skip")
     if data.cache == "none":
-        return records, files
+        return files.records, files
     kept, tokens = _encoded(settings, encoder, files, watch, "training pictures", faults)
     return kept, Features(tokens, data.views)
 

@@ -71,16 +71,11 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     begun = _begun(out, settings, resume)
     processes.wait()  # all have looked before one writes
     faults: list[Fault] = []
-    parts = splits(settings, watch.say, faults)
-    texts = [text for record in parts["train"] for text in record.captions]
-    built = build(settings, watch.say, texts=texts)
-    _warn_of_unknown_words(texts, built, watch)
-    program = built.program.to(device())
+    built, batches, data = _made(settings, watch, faults)
+    program = built.program
     frozen = checkpoint.frozen_fingerprints(program)
     program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
-    batches = _batches(settings, built, parts["train"], watch, faults)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
-    data = _data(parts["train"], batches.records)
     if begun:
         _same_data(out, data)
     if processes.is_first():
@@ -113,6 +108,18 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     processes.wait()
     skipped.tell(watch.say)
     return out
+
+
+def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> tuple[Built, PairSteps, dict[str, Any]]:
+    """The program where it will be trained, its batches, and what tells their data from others (`_data`). The data set
+    as it was read is no longer held: workers would copy it."""
+    parts = splits(settings, watch.say, faults)
+    texts = [text for record in parts["train"] for text in record.captions]
+    built = build(settings, watch.say, texts=texts)
+    _warn_of_unknown_words(texts, built, watch)
+    built.program.to(device())
+    batches = _batches(settings, built, parts["train"], watch, faults)
+    return built, batches, _data(parts["train"], batches.records)
 
 
 def _begun(out: Path, settings: Settings, resume: bool) -> bool:

@@ -16,7 +16,7 @@ from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.data.features import encode, in_memory
 from diptych.data.pairs import Features, Files, PairBatch, PairSteps, number
-from diptych.data.records import Record
+from diptych.data.records import Record, Records, compact
 from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
@@ -68,6 +68,17 @@ def rows_of(batches: PairSteps, epoch: int) -> list[tuple[int, int]]:
 
 def told(batch: PairBatch, words: Tokenizer) -> list[str]:
     return [words.decode(row) for row in batch.ids]
+
+
+def test_records_in_arrays_are_the_records():
+    odd = Record("/a/b\udc80.jpg", ("x", "您好 ☃", "x"), "an/id", "row 9")
+    plain = [Record(f"/{i}.png", said, i, f"row {i}") for i, said in enumerate(CAPTIONS)]
+    kept = Records([odd, *plain])
+    assert list(kept) == [odd, *plain] and kept[-1] == plain[-1] and kept[1:3] == plain[:2]
+    assert kept.captions.tolist() == [3, *map(len, CAPTIONS)] and compact(kept) is kept
+    assert list(pickle.loads(pickle.dumps(kept))) == list(kept)
+    with pytest.raises(IndexError):
+        kept[len(kept)]
 
 
 def test_a_batch_in_chunks_is_the_batch(steps):
