@@ -136,7 +136,7 @@ class Spread:
 class Report:
     """What came of the pairs. Seconds a step, ratios B ÷ A inside each pair, KiB.
 
-    `differences` has one entry a step, warm-up included: the largest of |a − b| / max(|a|, |b|) over the losses.
+    `differences` has one entry a step, warm-up included: the largest of |a − b| / max(|a|, |b|) over what is compared.
     """
 
     seconds: tuple[Spread, Spread]
@@ -147,14 +147,14 @@ class Report:
     differences: list[float]
 
 
-def relative_difference(left: dict[str, float], right: dict[str, float]) -> float:
-    """The largest |a − b| / max(|a|, |b|) over the losses (`loss_…`) of two answers; NaN counts as infinite.
+def relative_difference(left: dict[str, float], right: dict[str, float], compared: str = "loss_") -> float:
+    """The largest |a − b| / max(|a|, |b|) over what is `compared` of two answers; NaN counts as infinite.
 
-    Raises ValueError when the two answers don't name the same losses, or name none.
+    compared: how its names begin. Raises ValueError when the two answers don't have the same of these names, or none.
     """
-    names = {name for name in left if name.startswith("loss_")}
-    if not names or names != {name for name in right if name.startswith("loss_")}:
-        raise ValueError(f"the workers answer different losses: {sorted(left)} and {sorted(right)}")
+    names = {name for name in left if name.startswith(compared)}
+    if not names or names != {name for name in right if name.startswith(compared)}:
+        raise ValueError(f"the workers answer different names in {compared}…: {sorted(left)} and {sorted(right)}")
     worst = 0.0
     for name in names:
         scale = max(abs(left[name]), abs(right[name]))
@@ -169,11 +169,13 @@ def alternate(
     steps: list[dict[str, Any]],
     warmup: int = 2,
     say: Callable[[str], None] | None = None,
+    compared: str = "loss_",
 ) -> Report:
     """Both workers take every step, in the order A B, B A, A B, …; the first `warmup` steps aren't timed.
 
-    `steps` holds the arguments of each `step` command, warm-up included; `say` is told of each pair as it ends. Raises
-    `WorkerError`, and ValueError when nothing is left to time.
+    `steps` holds the arguments of each `step` command, warm-up included; `say` is told of each pair as it ends;
+    `compared` is how the names begin of what both answer and is compared. Raises `WorkerError`, and ValueError when
+    nothing is left to time.
     """
     if len(steps) <= warmup:
         raise ValueError(f"{len(steps)} steps leave no pair after a warm-up of {warmup}")
@@ -197,5 +199,5 @@ def alternate(
         ratios=ratios,
         phases=(phases[0], phases[1]),
         peak_kib=(answers[0][-1]["peak_kib"], answers[1][-1]["peak_kib"]),
-        differences=[relative_difference(*both) for both in zip(*answers, strict=True)],
+        differences=[relative_difference(*both, compared) for both in zip(*answers, strict=True)],
     )
