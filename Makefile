@@ -43,7 +43,7 @@ lint: .venv/.ok
 
 # Reads [tool.uv] in pyproject.toml, so no --no-config; python-version: the lock serves every Python from the oldest on.
 lock: | $(UV)
-	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --all-extras \
+	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --extra starter --extra dev \
 	--custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:

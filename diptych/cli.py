@@ -174,8 +174,11 @@ def _scaled(value: float, unit: str) -> str:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--split", help="train, val or test; default: test, or val where there is none.")
 @click.option("--rerank", type=click.IntRange(min=0), metavar="K", help="Candidates ITM re-ranks; default: the run's.")
+@click.option(
+    "--java-metric", "java_metrics", multiple=True, type=click.Choice(["meteor", "spice"]), help="Of captions."
+)
 @click.option("--no-report", is_flag=True, help="Write results.json, and no report.html.")
-def evaluate(run: Path, split: str | None, rerank: int | None, no_report: bool) -> None:
+def evaluate(run: Path, split: str | None, rerank: int | None, java_metrics: tuple[str, ...], no_report: bool) -> None:
     """Evaluate RUN on a held-out split, and write its report.
 
     Retrieval by ITC and re-ranked by ITM, generated captions, and chance beside each figure.
@@ -183,7 +186,7 @@ def evaluate(run: Path, split: str | None, rerank: int | None, no_report: bool) 
     _check_run(run)
     from diptych.train.evaluation import evaluate
 
-    evaluate(run, split=split, rerank=rerank, report=not no_report, say=click.echo)
+    evaluate(run, split, rerank, not no_report, click.echo, java_metrics)
 
 
 @cli.command()

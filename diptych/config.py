@@ -119,7 +119,7 @@ class Train(Section):
     none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
     save_every: steps between checkpoints, 0 = at the end alone; keep: how many stay. Under torchrun, parallel: "ddp"
     keeps all weights in each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is
-    given up."""
+    given up. trackers: "wandb", "trackio", which are told each step's figures too."""
 
     batch: int = Field(64, gt=1)
     accumulate: int = Field(1, gt=0)
@@ -142,6 +142,7 @@ class Train(Section):
     keep: int = Field(2, gt=0)
     parallel: Literal["ddp", "fsdp"] = "ddp"
     timeout: int = Field(600, gt=0)
+    trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
 
 
 class Evaluation(Section):
@@ -149,7 +150,7 @@ class Evaluation(Section):
 
     rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM's log odds and ITC over its
     temperature, by ITM alone, or by ITM + ITC as LAVIS does. captions: how many pictures are captioned; beams: 1 =
-    greedy. limit: pictures evaluated, None = all.
+    greedy. java_metrics: "meteor", "spice", of captions, by Java. limit: pictures evaluated, None = all.
     """
 
     limit: int | None = Field(None, gt=0)
@@ -159,6 +160,7 @@ class Evaluation(Section):
     beams: int = Field(3, gt=0)
     max_length: int = Field(30, gt=1)
     min_length: int = Field(4, gt=0)
+    java_metrics: list[Literal["meteor", "spice"]] = Field(default_factory=list)
 
 
 class Settings(Section):

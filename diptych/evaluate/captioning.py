@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from diptych.errors import UserError
-from diptych.evaluate import ptb
+from diptych.evaluate import java, ptb
 
 Grams: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 LONGEST = 4  # words of an n-gram
@@ -64,9 +64,15 @@ def word_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
     return Scores(corpus | {f"BLEU-{n}": float(value) for n, value in enumerate(whole, 1)}, each)
 
 
-def score_rows(said: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """A table of one row for the report: the corpus figures. CIDEr's 100 % are 1."""
-    return [{"captions": "generated", "pictures": len(said)} | caption_scores(said, references).corpus]
+def score_rows(
+    said: Sequence[str], references: Sequence[Sequence[str]], java_metrics: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A table of one row for the report: the corpus figures. CIDEr's 100 % are 1. java_metrics: "meteor", "spice"."""
+    row = {"captions": "generated", "pictures": len(said)} | caption_scores(said, references).corpus
+    if java_metrics:
+        cut = [ptb.words(text) for text in said], [[ptb.words(text) for text in row] for row in references]
+        row |= {name: whole for name, (whole, _) in java.java_scores(*cut, java_metrics).items()}
+    return [row]
 
 
 def _check(said: Sequence[str], references: Sequence[Sequence[str]]) -> None:

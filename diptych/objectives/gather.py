@@ -5,14 +5,31 @@ b rows of this process, B rows of all (in order of rank), W processes. Without a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_alone = False
+
 
 def world() -> tuple[int, int]:
     """(rank, W)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    joined = dist.is_available() and dist.is_initialized() and not _alone
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process takes itself for the only one: for what is tried beside the run."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def counts(rows: int, device: torch.device) -> list[int]:

@@ -22,6 +22,7 @@ from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
 from diptych.data.records import Record
 from diptych.models.vision import ImageTokens
+from diptych.objectives import gather
 from diptych.text.tokenizer import Tokenizer
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
@@ -77,6 +78,32 @@ class Cost:
     def total(self) -> int:
         """Bytes in all."""
         return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a training step of `batch` pictures, as a line through two lengths of their captions in tokens."""
+
+    batch: int
+    tokens: tuple[int, int]
+    flops: tuple[int, int]
+
+    def of(self, rows: int, tokens: float) -> float:
+        """FLOPs of a step of `rows` pictures whose captions have so many tokens on average."""
+        (short, long), (low, high) = self.tokens, self.flops
+        return (low + (high - low) * (tokens - short) / (long - short)) * rows / self.batch
+
+
+def work(program: Stage1, batch: int, longest: int, is_kept: bool) -> Work:
+    """Of a program at hand, counted by steps of a few random pictures, in this process alone. longest: tokens of a
+    caption; is_kept: whether features are. What blocks recompute for memory's sake counts where they do so already.
+    Draws from torch's generator."""
+    seen, image, _ = image_cost(program.image_encoder)
+    lengths = (max(2, longest // 4), longest)
+    with gather.alone():
+        counts = [sum(step_cost(program, seen, tokens, batch, torch.float32)[0].values()) for tokens in lengths]
+    low, high = (count + (0 if is_kept else image * batch) for count in counts)
+    return Work(batch, lengths, (low, high))
 
 
 def cost(settings: Settings, records: list[Record] | None = None, built: Built | None = None) -> Cost:
@@ -220,7 +247,7 @@ def step_cost(
     before, on = program.objectives, program.objectives
     named = [name for name in OBJECTIVES if getattr(on, name)]
     small = min(MEASURED, batch)
-    rows = random_batch(program, seen, tokens, small)
+    rows = random_batch(program, seen, tokens, small).to(next(program.model.parameters()).device)
     share = {"itc": 1.0, "itm": on.matching_share, "lm": on.captioning_share}
     flops: dict[str, int] = {}
     bytes_kept, last = 0.0, (0, 0)
@@ -264,7 +291,7 @@ def _measure(program: Stage1, rows: PairBatch, dtype: torch.dtype) -> tuple[int,
     """FLOPs and saved bytes of one step."""
     with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Saved(program) as saved, autocast(dtype, torch.device("cpu")):
+        with Saved(program) as saved, autocast(dtype, rows.ids.device):
             losses = program(rows)
         losses["loss"].backward()
     return counter.get_total_flops(), saved.bytes

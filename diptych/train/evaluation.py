@@ -16,7 +16,7 @@ from diptych.data import readers
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.errors import UserError
-from diptych.evaluate import captioning, scenes
+from diptych.evaluate import captioning, java, scenes
 from diptych.evaluate import gallery as galleries
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.report import (
@@ -56,19 +56,23 @@ def evaluate(
     rerank: int | None = None,
     report: bool = True,
     say: Callable[[str], None] = print,
+    java_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a run on one of its splits, tells of it, and writes results.json in its folder and, with `report`,
     report.html. split: "train", "val" or "test"; test when None, or val where there is none. rerank: how many
-    candidates ITM re-ranks; the recipe's when None.
+    candidates ITM re-ranks; the recipe's when None. java_metrics: "meteor", "spice"; the recipe's when empty.
     """
+    java.check(java_metrics)
     run = load(folder)
+    java_metrics = java_metrics or run.settings.evaluation.java_metrics
+    java.check(java_metrics)
     watch = Watch(run.folder, say=say)
     faults: list[Fault] = []
     parts = splits(run.settings, faults=faults)
     split = split or ("test" if "test" in parts else "val")
     if split not in parts:
         raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
-    found = figures(run, parts[split], rerank, watch, faults)
+    found = figures(run, parts[split], rerank, watch, faults, java_metrics)
     for result in found.results:
         for line in ["", *summary_lines(result)]:
             say(line)
@@ -92,7 +96,14 @@ def evaluate(
     return record
 
 
-def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watch, faults: list[Fault]) -> Evaluated:
+def figures(
+    run: Run,
+    records: Sequence[Record],
+    rerank: int | None,
+    watch: Watch,
+    faults: list[Fault],
+    java_metrics: Sequence[str] = (),
+) -> Evaluated:
     """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells. `faults` hears of pictures
     that can't be used."""
     chosen, folder = run.settings.evaluation, run.settings.data.path
@@ -111,7 +122,7 @@ def figures(run: Run, records: Sequence[Record], rerank: int | None, watch: Watc
         count = min(chosen.captions, len(records))
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
         found.said = galleries.captions(run.model, gallery, count, search)
-        rows = captioning.score_rows(found.said, [record.captions for record in records[:count]])
+        rows = captioning.score_rows(found.said, [record.captions for record in records[:count]], java_metrics)
         found.tables["Captions beside their references"] = rows
     if scenes.is_scenes(folder):
         _scene_figures(run, found, str(folder))

@@ -22,15 +22,18 @@ from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate.inference import PictureText
 from diptych.objectives import gather
-from diptych.train import checkpoint, loop, processes
+from diptych.train import checkpoint, cost, loop, processes, trackers
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
 from diptych.train.features import pictures
 from diptych.train.health import Health
+from diptych.train.meter import Meter, peak
 from diptych.train.moves import moves_of
 from diptych.train.parallel import spread
+from diptych.train.programs import Stage1
 from diptych.train.skipped import Skipped
+from diptych.train.trackers import Trackers
 from diptych.train.watch import Silent, Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
@@ -46,6 +49,7 @@ FREE = (
     "train.keep",
     "train.parallel",
     "train.timeout",
+    "train.trackers",
 )
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
 
@@ -61,7 +65,9 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
     torchrun, it trains in all the processes that there are.
     """
     with processes.joined(settings.train.timeout):
-        told = watch or (Watch if processes.is_first() else Silent)(Path(settings.out), settings.train.log_every)
+        trackers.check(settings.train.trackers)
+        kind = Watch if processes.is_first() else Silent
+        told = watch or kind(Path(settings.out), settings.train.log_every, trackers=Trackers(settings))
         return _train(settings, told, resume)
 
 
@@ -74,8 +80,9 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     built, batches, data = _made(settings, watch, faults)
     program = built.program
     frozen = checkpoint.frozen_fingerprints(program)
-    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
+    meter = _meter(settings, program, batches.batch)
+    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
     if begun:
         _same_data(out, data)
     if processes.is_first():
@@ -97,13 +104,13 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
 
         def after(step: loop.Step) -> None:
             health.hear(step)
-            watch.step(step, steps, batches.batch)
+            watch.step(step, steps, batches.batch, meter.read(step.seconds))
             done = step.number + 1
             if done == steps or (settings.train.save_every and done % settings.train.save_every == 0):
                 kept.save(done, program, moves, {"steps": steps}, frozen)
 
         with watch:
-            stream = skipped.heard(batches.read(watch.start, steps, settings.data.workers))
+            stream = meter.heard(skipped.heard(batches.read(watch.start, steps, settings.data.workers)))
             loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out), call)
     processes.wait()
     skipped.tell(watch.say)
@@ -185,6 +192,12 @@ def _batches(
         settings.train.seed,
         processes.part,
     )
+
+
+def _meter(settings: Settings, program: Stage1, batch: int) -> Meter:
+    """What is recomputed for memory's sake is no work of the model's: called before blocks are told to."""
+    work = cost.work(program, batch, settings.data.max_tokens, settings.data.cache != "none")
+    return Meter(work, peak(loop.precision(settings.train.precision, device()), device()))
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""What a person sees of a run, and what is kept of it: progress, log.jsonl, TensorBoard."""
+"""What a person sees of a run, and what is kept of it: progress, log.jsonl, TensorBoard, other trackers."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -14,19 +15,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diptych.train.loop import Step
+from diptych.train.trackers import Trackers
 
 
 class Watch:
     """Progress bars on a terminal, plain lines elsewhere; a line a step in log.jsonl; TensorBoard scalars.
 
-    Used as a context around the loop. log_every: steps between plain lines.
+    Used as a context around the loop. log_every: steps between plain lines. trackers: are told the same figures.
     """
 
-    def __init__(self, out: Path, log_every: int = 10, say: Callable[[str], None] | None = None):
-        self.out, self.log_every, self.told = out, log_every, say
+    def __init__(
+        self,
+        out: Path,
+        log_every: int = 10,
+        say: Callable[[str], None] | None = None,
+        trackers: Trackers | None = None,
+    ):
+        self.out, self.log_every, self.told, self.trackers = out, log_every, say, trackers
         self.console = Console(stderr=False)
         self.began = time.perf_counter()
         self.recent: list[Step] = []
+        self.used: list[float] = []  # of the machine's peak, in those steps
         self.start = 0  # the step that is gone on from: what an earlier life told of later ones is taken back
         self.bar: Progress | None = None
 
@@ -61,6 +70,8 @@ class Watch:
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
 
+        if self.trackers is not None:
+            self.trackers.begin(goes_on=self.start > 0)
         self._take_back(self.out / "log.jsonl")
         self.log = (self.out / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start or None)
@@ -75,6 +86,8 @@ class Watch:
     def __exit__(self, *exc: object) -> None:
         self.log.close()
         self.board.close()
+        if self.trackers is not None:
+            self.trackers.end()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -93,8 +106,8 @@ class Watch:
             return json.loads(row)["step"] < self.start
         return False
 
-    def step(self, step: Step, steps: int, batch: int) -> None:
-        """Told after each step: logged whole, shown every so often."""
+    def step(self, step: Step, steps: int, batch: int, measured: Mapping[str, float] | None = None) -> None:
+        """Told after each step: logged whole, shown every so often. measured: what `Meter.read` found."""
         found = {
             "step": step.number,
             **step.losses,
@@ -102,6 +115,7 @@ class Watch:
             "norm": step.norm,
             "samples_per_second": batch / step.seconds,
             "waited": step.waited / step.seconds,
+            **(measured or {}),
             **step.vitals,
         }
         row: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
@@ -112,22 +126,26 @@ class Watch:
         for name, value in row.items():
             if name != "step" and isinstance(value, float):
                 self.board.add_scalar(name, value, step.number)
+        if self.trackers is not None:
+            self.trackers.log(row)
         if step.skipped is None or not self.recent:
             self.recent = [*self.recent, step][-self.log_every :]
-        line = self._line(step, steps, batch)
+            self.used = [*self.used, found.get("utilisation", math.nan)][-self.log_every :]
+        line = self._line(step, batch)
         if self.bar is not None:
             self.bar.update(self.task, total=steps, completed=step.number + 1, description=line)
         elif (step.number + 1) % self.log_every == 0 or step.number + 1 == steps:
-            print(f"step {step.number + 1} of {steps}  {line}  left {self._left(step.number + 1, steps)}", flush=True)
+            print(f"{step.number + 1}/{steps}  {line}  left {self._left(step.number + 1, steps)}", flush=True)
 
-    def _line(self, step: Step, steps: int, batch: int) -> str:
-        means = {k: sum(s.losses[k] for s in self.recent) / len(self.recent) for k in step.losses}
-        speed = batch * len(self.recent) / sum(s.seconds for s in self.recent)
-        return "  ".join(f"{k} {v:.3f}" for k, v in means.items()) + f"  {speed:.0f}/s"
+    def _line(self, step: Step, batch: int) -> str:
+        """Means over recent steps: losses, pictures a second, and the share of the machine's peak."""
+        means = {k: statistics.fmean(s.losses[k] for s in self.recent) for k in step.losses}
+        speed, used = batch * len(self.recent) / sum(s.seconds for s in self.recent), statistics.fmean(self.used)
+        share = f"  {used:.0%}" if math.isfinite(used) else ""
+        return "  ".join(f"{k} {v:.3f}" for k, v in means.items()) + f"  {speed:.0f}/s{share}"
 
     def _left(self, done: int, steps: int) -> str:
-        pace = sum(s.seconds for s in self.recent) / len(self.recent)
-        return _duration(pace * (steps - done))
+        return _about((steps - done) * statistics.fmean(s.seconds for s in self.recent))
 
 
 class Silent(Watch):
@@ -146,7 +164,7 @@ class Silent(Watch):
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def step(self, step: Step, steps: int, batch: int) -> None:
+    def step(self, step: Step, steps: int, batch: int, measured: Mapping[str, float] | None = None) -> None:
         pass
 
 
@@ -154,3 +172,10 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _about(seconds: float) -> str:
+    """A duration in few characters."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

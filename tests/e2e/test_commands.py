@@ -74,7 +74,7 @@ def test_show_needs_no_data(call):
 
 def test_train_tells_what_to_type_next(home):
     told = (home / "told.txt").read_text()
-    assert "step 3 of 3" in told and "\n  diptych eval run\n" in told
+    assert "\n3/3  itc" in told and "\n  diptych eval run\n" in told
     assert max(map(len, told.split("The run is in")[1].splitlines())) <= 80
     log = [json.loads(line) for line in (home / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 1, 2] and all(row["loss"] > 0 for row in log)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from diptych.evaluate import ptb
-from diptych.evaluate.captioning import caption_scores
+from diptych.evaluate.captioning import caption_scores, score_rows
 from diptych.evaluate.vqa import vqa_scores, without_punctuation, written_alike
 
 EXACT = 1e-9
@@ -40,6 +41,20 @@ def test_captions(official, name):
         assert found.corpus[ours] == pytest.approx(case["corpus"][theirs], abs=EXACT)
         expected = [case["per_image"][i][theirs] for i in ids]
         np.testing.assert_allclose(found.pictures[ours], expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["caption_edge_cases", pytest.param("caption_fakecap", marks=pytest.mark.slow)])
+def test_meteor(official, name):
+    """From raw text, in whatever locale; the Java program takes most of its time to start."""
+    pytest.importorskip("pycocoevalcap.meteor", reason="the extra diptych[java-metrics] is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("METEOR runs on java, which is not on the PATH")
+    case = official(name)
+    ids = case["ids"]
+    said, references = ([case[kind][i] for i in ids] for kind in ("hyps", "refs"))
+    (row,) = score_rows(said, references, ["meteor"])
+    assert list(row)[-2:] == ["CIDEr", "METEOR"]
+    assert row["METEOR"] == pytest.approx(case["corpus"]["METEOR"], abs=EXACT)
 
 
 def test_vqa_accuracy(official):

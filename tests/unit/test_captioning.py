@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.errors import UserError
-from diptych.evaluate import captioning, ptb
-from diptych.evaluate.captioning import caption_scores, word_scores
+from diptych.evaluate import captioning, java, ptb
+from diptych.evaluate.captioning import caption_scores, score_rows, word_scores
 
 WORDS = ["a", "the", "dog", "cat", "runs", "is", "red", "small", "on", "grass"]
 TEXT = st.lists(st.sampled_from(WORDS), min_size=4, max_size=12).map(" ".join)
@@ -186,3 +190,55 @@ def test_words_are_the_same_however_often_and_whatever_came_before(caption):
     """What is remembered of pieces gives what reading the line as a whole gives."""
     whole = " ".join(ptb._read(" ".join(caption.splitlines())))
     assert ptb.words(caption) == whole == ptb.words(f" {caption}\n")
+
+
+# METEOR and SPICE.
+
+
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, *jars: str) -> None:
+    """A package with these jars for SPICE, and a java that fails."""
+    library = folder / "pycocoevalcap/spice/lib"
+    library.mkdir(parents=True)
+    for name in jars:
+        (library / name).touch()
+    command = folder / "java"
+    command.write_text("#!/bin/sh\nexit 1\n")
+    command.chmod(0o755)
+    spec = SimpleNamespace(submodule_search_locations=[str(folder / "pycocoevalcap")])
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv("PATH", f"{folder}:/bin")
+
+
+def test_what_java_metrics_lack_is_said_in_a_line(tmp_path, monkeypatch):
+    java.check([])  # asks for nothing, needs nothing
+    installed(tmp_path, monkeypatch)
+    java.check(["meteor"])
+    with pytest.raises(UserError, match=r"^SPICE: Stanford CoreNLP 3.6.0, its parser, is not in .*get_stanford_models"):
+        java.check(["meteor", "spice"])
+    (tmp_path / "java").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="^METEOR and SPICE: there is no java on the PATH; install a Java runtime$"):
+        java.check(["meteor"])
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^METEOR and SPICE: pycocoevalcap is not installed; pip install"):
+        java.check(["meteor"])
+
+
+def test_spice_is_asked_for_where_its_parser_is(tmp_path, monkeypatch):
+    installed(tmp_path, monkeypatch, *java.MODELS)
+    monkeypatch.setitem(java.SCORED, "spice", lambda references, said: (0.5, np.array([len(references[0]), 0.0])))
+    (row,) = score_rows(["A dog.", "b"], [["a dog", "dogs"], ["c"]], ["spice"])
+    assert row["SPICE"] == 0.5 and list(row)[-2:] == ["CIDEr", "SPICE"]
+
+
+def test_a_java_program_that_fails_is_said_in_a_line(tmp_path, monkeypatch):
+    def fails(references: dict, said: dict) -> None:
+        assert "-Dfile.encoding=UTF-8" in os.environ["JDK_JAVA_OPTIONS"]
+        subprocess.run(["java"], check=True)
+
+    installed(tmp_path, monkeypatch)
+    monkeypatch.delenv("JDK_JAVA_OPTIONS", raising=False)
+    monkeypatch.setitem(java.SCORED, "meteor", fails)
+    with pytest.raises(UserError, match=r"^METEOR: its Java program failed \(Command .* status 1.\)"):
+        score_rows(["a dog"], [["a dog"]], ["meteor"])
+    assert "JDK_JAVA_OPTIONS" not in os.environ

@@ -59,6 +59,18 @@ def test_figures_that_are_none_are_null_in_the_log_and_not_in_what_is_shown(tmp_
     assert "loss 3.000" in capsys.readouterr().out
 
 
+def test_a_line_of_a_long_run_fits_a_terminal_and_the_log_holds_what_was_measured(tmp_path, capsys):
+    losses = {"itc": 2.345, "itm": 0.512, "lm": 3.456, "loss": 6.313}
+    measured = {"memory_gib": 1.5, "flops_per_second": 2e9, "utilisation": 0.25}
+    with Watch(tmp_path, log_every=2) as watch:
+        for number in (9998, 9999):
+            watch.step(Step(number, losses, 1e-3, 1.0, 0.0, 0.25), 99_000, 64, measured)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "10000/99000  itc 2.345  itm 0.512  lm 3.456  loss 6.313  256/s  25%  left 6.2 h"
+    assert len(line) <= 80
+    assert measured.items() <= rows(tmp_path)[-1].items()
+
+
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_list_of_skipped_rows_that_was_cut_is_gone_on_with(tmp_path, cut):
     Skipped(tmp_path).add(FAULTS[:2])
