@@ -175,7 +175,11 @@ def _scaled(value: float, unit: str) -> str:
 @click.option("--split", help="train, val or test; default: test, or val where there is none.")
 @click.option("--rerank", type=click.IntRange(min=0), metavar="K", help="Candidates ITM re-ranks; default: the run's.")
 @click.option(
-    "--java-metric", "java_metrics", multiple=True, type=click.Choice(["meteor", "spice"]), help="Of captions."
+    "--java-metric",
+    "java_metrics",
+    multiple=True,
+    type=click.Choice(["meteor", "spice"]),
+    help="Of captions; runs on Java.",
 )
 @click.option("--no-report", is_flag=True, help="Write results.json, and no report.html.")
 def evaluate(run: Path, split: str | None, rerank: int | None, java_metrics: tuple[str, ...], no_report: bool) -> None:

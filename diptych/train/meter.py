@@ -33,7 +33,7 @@ CARDS = (
     ("4090", 165e12),
     ("3090", 71e12),
 )
-SLOWER = {"MIG", "Laptop", "D", "Ti"}  # parts, and cards of their own, that share a name in the table
+OTHERS = {"MIG", "Laptop", "D", "Ti"}  # said of a part of a card, or of another card that shares its name
 SIDE, SECONDS = 1024, 0.2  # of the product that a CPU is measured by
 
 
@@ -86,7 +86,7 @@ def peak(dtype: torch.dtype, device: torch.device) -> float | None:
 def card(name: str) -> float | None:
     """FLOP/s of the card of this name; None for one that is not in the table."""
     words = set(name.replace("-", " ").split())
-    if words & SLOWER:
+    if words & OTHERS:
         return None
     return next((peak for known, peak in CARDS if words.issuperset(known.split())), None)
 
