@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.config import StackConfig
+from diptych.core.dropout import dropout as drop
 from diptych.core.layout import RECTANGLE, Layout
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def attend(
     `mask` is True where a query may look; a query that may look at nothing gets zeros and finite gradients.
     """
     if q.requires_grad and q.device.type == "cpu" and q.dtype in HALVES:
-        return F.dropout(looks(scores(q, k, bias), mask), dropout) @ v
+        return drop(looks(scores(q, k, bias), mask), dropout) @ v
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -91,7 +92,7 @@ class Tap:
             probabilities = self.edit(probabilities)
         place = self.modules.index(module)
         self.scores[place], self.probabilities[place] = raw, probabilities
-        return F.dropout(probabilities, module.dropout, module.training) @ v
+        return drop(probabilities, module.dropout if module.training else 0.0) @ v
 
 
 class Normed(NamedTuple):

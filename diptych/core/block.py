@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diptych.core.attention import Attention, CrossAttention, Normed
 from diptych.core.config import StackConfig
+from diptych.core.dropout import Dropout
 from diptych.core.layout import RECTANGLE, Layout
 from diptych.core.memory import BlockMemory, BlockPast
 
@@ -76,7 +77,7 @@ class PreNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.scale = nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale)
-        self.drop = DropPath(drop_path) if drop_path else nn.Dropout(config.dropout)
+        self.drop = DropPath(drop_path) if drop_path else Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
         return x + self.drop(self.scale(branch(self.norm(x), *context)))
@@ -88,7 +89,7 @@ class PostNorm(nn.Module):
     def __init__(self, config: StackConfig, drop_path: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
-        self.drop = DropPath(drop_path) if drop_path else nn.Dropout(config.dropout)
+        self.drop = DropPath(drop_path) if drop_path else Dropout(config.dropout)
 
     def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
         return self.norm(x + self.drop(branch(x, *context)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diptych.core.attention import Normed
 from diptych.core.block import QueryBlock
 from diptych.core.config import StackConfig
+from diptych.core.dropout import Dropout
 from diptych.core.masks import causal, padding
 from diptych.core.memory import Memory, Past
 from diptych.core.stack import Stack
@@ -46,7 +47,7 @@ class QFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.randn(config.queries, stack.width) * 0.02)
         self.embeddings = TextEmbeddings(stack.width, config.vocab, config.positions, pad_id=config.pad_id)
         self.norm = nn.LayerNorm(stack.width, eps=stack.eps)
-        self.drop = nn.Dropout(stack.dropout)
+        self.drop = Dropout(stack.dropout)
         self.stack = Stack(stack, block=QueryBlock)
         self.stack.packs = True
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.config import StackConfig
+from diptych.core.dropout import Dropout
 from diptych.core.stack import Stack
 from diptych.errors import UserError
 
@@ -118,7 +119,7 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.randn(stack.width) * 0.02) if config.class_token else None
         self.position = nn.Parameter(torch.randn(self.prefix + side * side, stack.width) * 0.02)
         self.norm = nn.LayerNorm(stack.width, eps=stack.eps) if config.norm_patches else nn.Identity()
-        self.drop = nn.Dropout(stack.dropout)
+        self.drop = Dropout(stack.dropout)
         self.align_corners = config.align_corners
         bias = partial(RelativePositionBias, side, stack.heads) if config.relative_bias else lambda: None
         self.stack = Stack(stack, score_bias=lambda number: bias())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.core.dropout import Dropout
+
 
 class TextEmbeddings(nn.Module):
     """(B, T) ids and positions → (B, T, D): word + position (+ token type), normalised where the model does.
@@ -28,7 +30,7 @@ class TextEmbeddings(nn.Module):
         self.position = nn.Embedding(positions, width)
         self.token_type = nn.Embedding(types, width) if types else None
         self.norm = nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
         """positions: (1 or B, T). types: (B, T), all 0 by default."""

@@ -13,6 +13,7 @@ from diptych.core import surgery
 from diptych.core.attention import HALVES, CrossAttention, Normed, Tap, attend
 from diptych.core.block import Block, DropPath, PostNorm, PreNorm
 from diptych.core.config import StackConfig
+from diptych.core.dropout import Dropout, dropout
 from diptych.core.layout import RECTANGLE
 from diptych.core.masks import causal, padding
 from diptych.core.memory import Cache, Past
@@ -342,6 +343,30 @@ def test_dropout_on_the_tapped_path_falls_on_probabilities():
         assert (module.look(q, k, v) == 0).float().mean() > 0.9
         torch.testing.assert_close(module.eval().look(q, k, v), attend(q, k, v), **EXACT)
     assert (module.train().look(q, k, v) == 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropout_drops_each_element_alone_and_keeps_the_mean(dtype):
+    torch.manual_seed(0)
+    x = torch.ones(250_001, 4, dtype=dtype)[1:].requires_grad_()  # not from the beginning of its storage
+    y = dropout(x, 0.1)
+    kept = y.detach() != 0
+    assert set(y.detach()[kept].unique().tolist()) == {float(torch.tensor(65536 / (65536 - 6554), dtype=dtype))}
+    lost = (~kept).double()  # the four of a row share one draw
+    assert (lost.mean(0) - 0.1).abs().max() < 0.003
+    assert ((lost.T @ lost) / len(lost) - 0.01).fill_diagonal_(0).abs().max() < 0.001
+    y.backward(torch.full_like(y, 2))
+    assert torch.equal(x.grad, 2 * y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.1), y)
+
+
+def test_dropout_of_nothing_and_of_all():
+    x = torch.randn(3, 5)
+    assert torch.equal(dropout(x, 0.0), x) and torch.equal(Dropout(0.5).eval()(x), x)
+    assert not dropout(x, 1.0).any() and dropout(x[:0], 0.5).shape == (0, 5)
+    halved = Dropout(0.5)(torch.ones(3, 7).T)  # not contiguous
+    assert set(halved.unique().tolist()) == {0.0, 2.0}
 
 
 # Padding.
