@@ -117,9 +117,10 @@ class Train(Section):
     precision: "auto" is bfloat16 where the machine computes it fast, else float32; "float16" scales its loss, for GPUs
     without bfloat16. ema: a moving average of the weights, which keeps this much of itself a step (0.999, say; 0 =
     none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
-    save_every: steps between checkpoints, 0 = at the end alone; keep: how many stay. Under torchrun, parallel: "ddp"
-    keeps all weights in each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is
-    given up. trackers: "wandb", "trackio", which are told each step's figures too."""
+    save_every: steps between checkpoints, 0 = at the end alone; keep: how many stay; keep_best: measure recall on the
+    held-out pictures at each, let the best stay too, and use that. Under torchrun, parallel: "ddp" keeps all weights in
+    each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is given up. trackers:
+    "wandb", "trackio", which are told each step's figures too."""
 
     batch: int = Field(64, gt=1)
     accumulate: int = Field(1, gt=0)
@@ -140,6 +141,7 @@ class Train(Section):
     log_every: int = Field(10, gt=0)
     save_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)
+    keep_best: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     timeout: int = Field(600, gt=0)
     trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
@@ -180,6 +182,8 @@ class Settings(Section):
     def _possible(self) -> Settings:
         if not (self.objectives.itc or self.objectives.itm or self.objectives.lm):
             raise ValueError("objectives: itc, itm and lm are all 0, so nothing would be learned")
+        if self.train.keep_best and not self.objectives.itc:
+            raise ValueError("train.keep_best=true measures recall by ITC, and objectives.itc is 0: give it a weight")
         if self.data.cache != "none" and not self.image_encoder.frozen:
             wanted = f"data.cache={self.data.cache} needs image_encoder.frozen=true"
             raise ValueError(f"{wanted}; set data.cache=none to train it")

@@ -42,9 +42,10 @@ def similarities(model: PictureText, gallery: Gallery) -> Tensor:
     return similarity(model.embed_tokens(gallery.tokens), model.embed_texts(gallery.texts))
 
 
-def by_itc(scores: Tensor, gallery: Gallery) -> dict:
-    """Recall both ways, ranked by ITC."""
-    return retrieval(scores, gallery.ids, gallery.text_ids, Protocol.of(gallery.ids, gallery.text_ids), gallery.texts)
+def by_itc(scores: Tensor, gallery: Gallery, draws: int = 1000) -> dict:
+    """Recall both ways, ranked by ITC. draws: of the bootstrap, 0 for no intervals."""
+    protocol = Protocol.of(gallery.ids, gallery.text_ids)
+    return retrieval(scores, gallery.ids, gallery.text_ids, protocol, gallery.texts, draws)
 
 
 def reranked(

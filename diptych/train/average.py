@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -24,3 +27,20 @@ class Average:
         trained = [p for p in program.parameters() if p.requires_grad]
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)([*self.weights.values()], trained, step)
+
+    @contextmanager
+    def in_use(self, program: nn.Module) -> Iterator[None]:
+        """Within, the averages are the program's weights."""
+        trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
+        kept = {name: p.detach().clone() for name, p in trained.items()}
+        _copy(trained, self.weights)
+        try:
+            yield
+        finally:
+            _copy(trained, kept)
+
+
+@torch.no_grad()
+def _copy(weights: dict[str, nn.Parameter], others: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(others[name])

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,7 +67,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 class Checkpoints:
-    """The checkpoints of a run, each in a folder named by the steps done; the newest `keep` stay.
+    """The checkpoints of a run, each in a folder named by the steps done; the newest `keep` stay, and the best of those
+    whose state tells a "recall".
 
     One is copied in memory, then written by another thread while training goes on: aside, flushed to the disk and
     renamed, so that a folder with a number is whole, whenever the machine stops. Use as a context: leaving it waits for
@@ -92,6 +94,11 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted((f for f in self.folder.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name), reverse=True)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the highest recall, the newest of equals; None where none tells any."""
+        scores = [(recall, folder) for folder in self.newest_first() if (recall := _recall(folder)) is not None]
+        return max(scores, key=lambda scored: scored[0])[1] if scores else None
 
     def save(
         self,
@@ -138,8 +145,12 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"{target}: the checkpoint can't be written ({error}); {self._last_good()}") from None
         later = [other for other in self.newest_first() if int(other.name) > step]  # of a life that was given up
-        for old in (*later, *self.newest_first()[len(later) + self.keep :], *self.folder.glob("*.writing")):
+        for old in (*later, *self.folder.glob("*.writing")):
             shutil.rmtree(old, ignore_errors=True)
+        best = self.best()
+        for old in self.newest_first()[self.keep :]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _last_good(self) -> str:
         kept = self.newest_first()
@@ -148,12 +159,14 @@ class Checkpoints:
     def load(
         self, program: nn.Module, say: Callable[[str], None] = print, training: bool = False
     ) -> tuple[Path, dict[str, Any]]:
-        """Fills `program` from the newest checkpoint that can be read; gives its folder and state.
+        """Fills `program` from the best checkpoint that can be read, or the newest where none is the best; gives its
+        folder and state.
 
-        One that is damaged is passed over aloud; one of another model is refused. training: the optimizer's moments
-        must be readable too.
+        One that is damaged is passed over aloud; one of another model is refused. training: the newest, to go on from,
+        and the optimizer's moments must be readable too.
         """
-        found = self.newest_first()
+        found, best = self.newest_first(), None if training else self.best()
+        found.sort(key=lambda folder: folder != best)  # stable
         if not found:
             raise UserError(f"{self.folder}: no checkpoint there; the run was stopped before its first")
         damaged: list[Damaged] = []
@@ -161,11 +174,18 @@ class Checkpoints:
             try:
                 state = load_model(folder, program, training)
                 for error in damaged:
-                    say(f"warning: {error}; {folder.name} is used, which is older")
+                    say(f"warning: {error}; {folder.name} is used in its place")
                 return folder, state
             except Damaged as error:
                 damaged.append(error)
         raise damaged[0]
+
+
+def _recall(folder: Path) -> float | None:
+    """What a checkpoint's state tells of it."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "state.json").read_text(encoding="utf-8")).get("recall")
+    return None
 
 
 class Damaged(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,10 @@ class Moves:
         self.scaler.step(self.optimizer)
         if self.average is not None:
             self.average.follow(program, number)
+
+    def in_use(self, program: nn.Module) -> AbstractContextManager:
+        """Within, the program has the weights that a run is used with."""
+        return nullcontext() if self.average is None else self.average.in_use(program)
 
 
 def moves_of(program: Program, settings: Train, precision: torch.dtype) -> Moves:

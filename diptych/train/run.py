@@ -20,13 +20,14 @@ from diptych.data.pairs import PairSteps
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.errors import UserError
+from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
 from diptych.objectives import gather
 from diptych.train import checkpoint, cost, loop, processes, trackers
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
-from diptych.train.features import pictures
+from diptych.train.features import encoded, pictures
 from diptych.train.health import Health
 from diptych.train.meter import Meter, peak
 from diptych.train.moves import moves_of
@@ -34,6 +35,7 @@ from diptych.train.parallel import spread
 from diptych.train.programs import Stage1
 from diptych.train.skipped import Skipped
 from diptych.train.trackers import Trackers
+from diptych.train.validation import RECALL, Validation
 from diptych.train.watch import Silent, Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
@@ -47,6 +49,7 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.keep_best",
     "train.parallel",
     "train.timeout",
     "train.trackers",
@@ -77,7 +80,7 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     begun = _begun(out, settings, resume)
     processes.wait()  # all have looked before one writes
     faults: list[Fault] = []
-    built, batches, data = _made(settings, watch, faults)
+    built, batches, data, validation = _made(settings, watch, faults)
     program = built.program
     frozen = checkpoint.frozen_fingerprints(program)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
@@ -104,10 +107,13 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
 
         def after(step: loop.Step) -> None:
             health.hear(step)
-            watch.step(step, steps, batches.batch, meter.read(step.seconds))
-            done = step.number + 1
-            if done == steps or (settings.train.save_every and done % settings.train.save_every == 0):
-                kept.save(done, program, moves, {"steps": steps}, frozen)
+            done, every = step.number + 1, settings.train.save_every
+            is_kept = done == steps or (every > 0 and done % every == 0)
+            recalls = validation.measure(moves) if validation and is_kept else {}
+            watch.step(step, steps, batches.batch, meter.read(step.seconds) | recalls)
+            if is_kept:
+                recall = {"recall": recalls[RECALL]} if recalls else {}
+                kept.save(done, program, moves, {"steps": steps, **recall}, frozen)
 
         with watch:
             stream = meter.heard(skipped.heard(batches.read(watch.start, steps, settings.data.workers)))
@@ -117,16 +123,29 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     return out
 
 
-def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> tuple[Built, PairSteps, dict[str, Any]]:
-    """The program where it will be trained, its batches, and what tells their data from others (`_data`). The data set
-    as it was read is no longer held: workers would copy it."""
+def _made(
+    settings: Settings, watch: Watch, faults: list[Fault]
+) -> tuple[Built, PairSteps, dict[str, Any], Validation | None]:
+    """The program where it will be trained, its batches, what tells their data from others (`_data`), and what it is
+    measured by meanwhile. The data set as it was read is no longer held: workers would copy it."""
     parts = splits(settings, watch.say, faults)
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
     _warn_of_unknown_words(texts, built, watch)
     built.program.to(device())
     batches = _batches(settings, built, parts["train"], watch, faults)
-    return built, batches, _data(parts["train"], batches.records)
+    validation = _validation(settings, built, parts.get("val"), watch, faults) if settings.train.keep_best else None
+    return built, batches, _data(parts["train"], batches.records), validation
+
+
+def _validation(
+    settings: Settings, built: Built, records: Sequence[Record] | None, watch: Watch, faults: list[Fault]
+) -> Validation:
+    if not records:
+        raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
+    model = _in_use(settings, built)
+    kept, tokens = encoded(settings, model.image_encoder, records, watch, "held-out pictures", faults)
+    return Validation(built.program, model, Gallery.of(kept, tokens))
 
 
 def _begun(out: Path, settings: Settings, resume: bool) -> bool:
@@ -229,15 +248,14 @@ class Run:
 def load(folder: str | Path) -> Run:
     """Opens a run's folder, as `diptych train` or `diptych convert` wrote it."""
     settings, built, state = reopen(Path(folder))
-    program = built.program.to(device()).eval()
-    model = PictureText(
-        program.image_encoder,
-        program.model,
-        built.tokenizer,
-        settings.data.max_tokens,
-        loop.precision(settings.train.precision, device()),
-    )
-    return Run(Path(folder), settings, state, model)
+    built.program.to(device()).eval()
+    return Run(Path(folder), settings, state, _in_use(settings, built))
+
+
+def _in_use(settings: Settings, built: Built) -> PictureText:
+    precision = loop.precision(settings.train.precision, device())
+    program, longest = built.program, settings.data.max_tokens
+    return PictureText(program.image_encoder, program.model, built.tokenizer, longest, precision)
 
 
 def reopen(folder: Path) -> tuple[Settings, Built, dict[str, Any]]:

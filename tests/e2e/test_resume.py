@@ -65,6 +65,20 @@ def test_killed_at_any_moment_the_same_bits_come_out(home, kills):
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
+def test_recall_measured_meanwhile_changes_no_bit_and_tells_the_best_checkpoint(home):
+    more = ("train.keep_best=true", "train.save_every=1", "train.keep=3")
+    made = process(home, "train", "demo", "data.path=pictures", "out=measured", *SMALL, *more)
+    assert made.returncode == 0, made.stderr
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, plain = (home / run / "checkpoints/00000003" / name for run in ("measured", "run"))
+        assert ours.read_bytes() == plain.read_bytes(), name
+    logged = [row["val_recall"] for row in rows(home / "measured")]
+    kept = [json.loads(file.read_text()) for file in sorted((home / "measured/checkpoints").glob("*/state.json"))]
+    assert [state["recall"] for state in kept] == logged and all(0 <= recall <= 1 for recall in logged)
+    refused = process(home, "train", "demo", "data.path=pictures", "out=none", *SMALL, *more, "data.val=null")
+    assert refused.returncode == 2 and "no pictures are held out: give data.hold_out" in refused.stderr
+
+
 def test_a_run_that_diverges_stops_and_its_step_can_be_replayed(home):
     said = process(home, "train", *RUN, "train.lr=1e30", "train.clip=0", "out=diverged")
     assert said.returncode == 2 and said.stderr.count("\n") == 1

@@ -361,6 +361,26 @@ def test_moments_of_another_optimizer_are_refused(kept):
         checkpoint.load_training(kept, made, Moves(optimizer(made, 1e-3, (0.9, 0.98), 0.0)))
 
 
+def test_the_best_stays_beside_the_newest_and_is_used(tmp_path):
+    made, told = program(), []
+    moves = trained(made, 1)
+    with Checkpoints(tmp_path, keep=2) as shelf:
+        for step, recall in enumerate((0.1, 0.5, 0.3, 0.5, 0.2, 0.4), start=1):
+            with torch.no_grad():
+                made.model.temperature.fill_(step)
+            shelf.save(step, made, moves, {"recall": recall})
+        shelf.wait()
+        assert [int(folder.name) for folder in shelf.newest_first()] == [6, 5, 4] and shelf.best().name == "00000004"
+        used, on = program(), program()
+        assert shelf.load(used)[0].name == "00000004" and used.model.temperature.item() == 4
+        assert shelf.load(on, training=True)[0].name == "00000006" and on.model.temperature.item() == 6
+        cut_at(tmp_path / "00000004/model.safetensors", 0.5)
+        assert shelf.load(used, told.append)[0].name == "00000006" and "00000006 is used in its place" in told[0]
+        shelf.save(5, made, moves, {"recall": 0.1})  # of a life that began again before 6
+        shelf.wait()
+        assert [int(folder.name) for folder in shelf.newest_first()] == [5, 4]
+
+
 def test_no_checkpoint_at_all_is_said(tmp_path):
     refused(tmp_path / "none" / "1", program(), "no checkpoint there")
 
