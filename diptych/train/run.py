@@ -80,21 +80,64 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     begun = _begun(out, settings, resume)
     processes.wait()  # all have looked before one writes
     faults: list[Fault] = []
-    built, batches, data, validation = _made(settings, watch, faults)
-    program = built.program
-    frozen = checkpoint.frozen_fingerprints(program)
-    steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
-    meter = _meter(settings, program, batches.batch)
-    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
+    made = _made(settings, watch, faults)
     if begun:
-        _same_data(out, data)
+        _same_data(out, made.data)
     if processes.is_first():
         if not begun:
-            _begin(out, built, data)
+            _begin(out, made.built, made.data)
         _write_settings(out, settings)
     processes.wait()
     skipped = Skipped(out)
     skipped.add(faults)
+    _steps(settings, made, watch, skipped, begun)
+    processes.wait()
+    skipped.tell(watch.say)
+    return out
+
+
+@dataclass
+class Made:
+    """A run before its first step. built: the program, where it will be trained; data: what tells its data from others
+    (`_data`); validation: what it is measured by meanwhile. The data set as it was read is no longer held, for worker
+    processes would copy it."""
+
+    built: Built
+    batches: PairSteps
+    data: dict[str, Any]
+    validation: Validation | None
+
+
+def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> Made:
+    parts = splits(settings, watch.say, faults)
+    held_out = parts.get("val") if settings.train.keep_best else None
+    if settings.train.keep_best and not held_out:
+        raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
+    texts = [text for record in parts["train"] for text in record.captions]
+    built = build(settings, watch.say, texts=texts)
+    _warn_of_unknown_words(texts, built, watch)
+    built.program.to(device())
+    batches = _batches(settings, built, parts["train"], watch, faults)
+    validation = _validation(settings, built, held_out, watch, faults) if held_out else None
+    return Made(built, batches, _data(parts["train"], batches.records), validation)
+
+
+def _validation(
+    settings: Settings, built: Built, records: Sequence[Record], watch: Watch, faults: list[Fault]
+) -> Validation:
+    model = _in_use(settings, built)
+    kept, tokens = encoded(settings, model.image_encoder, records, watch, "held-out pictures", faults)
+    return Validation(built.program, model, Gallery.of(kept, tokens))
+
+
+def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun: bool) -> None:
+    """All that are still to be done, with their checkpoints and what is told of them."""
+    out, program, batches = Path(settings.out), made.built.program, made.batches
+    frozen = checkpoint.frozen_fingerprints(program)
+    steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
+    every = settings.train.save_every or steps
+    meter, health = _meter(settings, program, batches.batch), Health(watch.say)
+    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
     rank, _ = gather.world()
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
         torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
@@ -103,13 +146,12 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
         moves = moves_of(program, settings.train, loop.precision(settings.train.precision, device()))
         if newest is not None:
             checkpoint.load_training(newest, program, moves)
-        health = Health(watch.say)
 
         def after(step: loop.Step) -> None:
             health.hear(step)
-            done, every = step.number + 1, settings.train.save_every
-            is_kept = done == steps or (every > 0 and done % every == 0)
-            recalls = validation.measure(moves) if validation and is_kept else {}
+            done = step.number + 1
+            is_kept = done == steps or done % every == 0
+            recalls = made.validation.measure(moves) if made.validation and is_kept else {}
             watch.step(step, steps, batches.batch, meter.read(step.seconds) | recalls)
             if is_kept:
                 recall = {"recall": recalls[RECALL]} if recalls else {}
@@ -118,34 +160,6 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
         with watch:
             stream = meter.heard(skipped.heard(batches.read(watch.start, steps, settings.data.workers)))
             loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out), call)
-    processes.wait()
-    skipped.tell(watch.say)
-    return out
-
-
-def _made(
-    settings: Settings, watch: Watch, faults: list[Fault]
-) -> tuple[Built, PairSteps, dict[str, Any], Validation | None]:
-    """The program where it will be trained, its batches, what tells their data from others (`_data`), and what it is
-    measured by meanwhile. The data set as it was read is no longer held: workers would copy it."""
-    parts = splits(settings, watch.say, faults)
-    texts = [text for record in parts["train"] for text in record.captions]
-    built = build(settings, watch.say, texts=texts)
-    _warn_of_unknown_words(texts, built, watch)
-    built.program.to(device())
-    batches = _batches(settings, built, parts["train"], watch, faults)
-    validation = _validation(settings, built, parts.get("val"), watch, faults) if settings.train.keep_best else None
-    return built, batches, _data(parts["train"], batches.records), validation
-
-
-def _validation(
-    settings: Settings, built: Built, records: Sequence[Record] | None, watch: Watch, faults: list[Fault]
-) -> Validation:
-    if not records:
-        raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
-    model = _in_use(settings, built)
-    kept, tokens = encoded(settings, model.image_encoder, records, watch, "held-out pictures", faults)
-    return Validation(built.program, model, Gallery.of(kept, tokens))
 
 
 def _begun(out: Path, settings: Settings, resume: bool) -> bool:
