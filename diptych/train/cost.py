@@ -80,30 +80,14 @@ class Cost:
         return sum(self.memory.values())
 
 
-@dataclass(frozen=True)
-class Work:
-    """FLOPs of a training step of `batch` pictures, as a line through two lengths of their captions in tokens."""
-
-    batch: int
-    tokens: tuple[int, int]
-    flops: tuple[int, int]
-
-    def of(self, rows: int, tokens: float) -> float:
-        """FLOPs of a step of `rows` pictures whose captions have so many tokens on average."""
-        (short, long), (low, high) = self.tokens, self.flops
-        return (low + (high - low) * (tokens - short) / (long - short)) * rows / self.batch
-
-
-def work(program: Stage1, batch: int, longest: int, is_kept: bool) -> Work:
-    """Of a program at hand, counted by steps of a few random pictures, in this process alone. longest: tokens of a
-    caption; is_kept: whether features are. What blocks recompute for memory's sake counts where they do so already.
-    Draws from torch's generator."""
+def work(program: Stage1, batch: int, tokens: int, is_kept: bool) -> int:
+    """FLOPs of a step of a program at hand, counted by steps of a few random pictures, in this process alone. tokens:
+    of a caption; is_kept: whether features are. What blocks recompute for memory's sake counts where they do so
+    already. Draws from torch's generator."""
     seen, image, _ = image_cost(program.image_encoder)
-    lengths = (max(2, longest // 4), longest)
     with gather.alone():
-        counts = [sum(step_cost(program, seen, tokens, batch, torch.float32)[0].values()) for tokens in lengths]
-    low, high = (count + (0 if is_kept else image * batch) for count in counts)
-    return Work(batch, lengths, (low, high))
+        flops, _ = step_cost(program, seen, tokens, batch, torch.float32)
+    return sum(flops.values()) + (0 if is_kept else image * batch)
 
 
 def cost(settings: Settings, records: list[Record] | None = None, built: Built | None = None) -> Cost:

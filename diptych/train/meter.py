@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from diptych.data.pairs import PairBatch
-from diptych.train.cost import Work
 
 # FLOP/s of products in bfloat16 or float16 by the makers' data sheets, without sparsity; the first row all of whose
 # words are in the card's name. Sums are kept in float32, as torch has them.
@@ -40,17 +39,17 @@ SIDE, SECONDS = 1024, 0.2  # of the product that a CPU is measured by
 class Meter:
     """Reads the memory and the arithmetic of each step of this process.
 
-    work: of a step; peak: FLOP/s that the machine can do, None where nobody knows.
+    work: FLOPs of a picture and its caption of usual length, in a step; peak: FLOP/s that the machine can do, None
+    where nobody knows.
     """
 
-    def __init__(self, work: Work, peak: float | None):
+    def __init__(self, work: float, peak: float | None):
         self.work, self.peak, self.flops = work, peak, 0.0
 
     def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
         """The same batches; of each is noted what it asks for."""
         for batch in batches:
-            rows = len(batch.ids)
-            self.flops = self.work.of(rows, float(batch.mask.sum()) / rows)
+            self.flops = self.work * len(batch)
             yield batch
 
     def read(self, seconds: float) -> dict[str, float]:

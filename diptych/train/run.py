@@ -99,12 +99,13 @@ def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
 @dataclass
 class Made:
     """A run before its first step. built: the program, where it will be trained; data: what tells its data from others
-    (`_data`); validation: what it is measured by meanwhile. The data set as it was read is no longer held, for worker
-    processes would copy it."""
+    (`_data`); tokens: of a usual caption; validation: what it is measured by meanwhile. The data set as it was read is
+    no longer held, for worker processes would copy it."""
 
     built: Built
     batches: PairSteps
     data: dict[str, Any]
+    tokens: int
     validation: Validation | None
 
 
@@ -119,7 +120,8 @@ def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> Made:
     built.program.to(device())
     batches = _batches(settings, built, parts["train"], watch, faults)
     validation = _validation(settings, built, held_out, watch, faults) if held_out else None
-    return Made(built, batches, _data(parts["train"], batches.records), validation)
+    tokens = cost.caption_tokens(built.tokenizer, parts["train"], settings.data.max_tokens)
+    return Made(built, batches, _data(parts["train"], batches.records), tokens, validation)
 
 
 def _validation(
@@ -136,7 +138,7 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
     frozen = checkpoint.frozen_fingerprints(program)
     steps = settings.train.steps or settings.train.epochs * batches.steps_per_epoch
     every = settings.train.save_every or steps
-    meter, health = _meter(settings, program, batches.batch), Health(watch.say)
+    meter, health = _meter(settings, program, batches.batch, made.tokens), Health(watch.say)
     program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
     rank, _ = gather.world()
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
@@ -227,10 +229,11 @@ def _batches(
     )
 
 
-def _meter(settings: Settings, program: Stage1, batch: int) -> Meter:
-    """What is recomputed for memory's sake is no work of the model's: called before blocks are told to."""
-    work = cost.work(program, batch, settings.data.max_tokens, settings.data.cache != "none")
-    return Meter(work, peak(loop.precision(settings.train.precision, device()), device()))
+def _meter(settings: Settings, program: Stage1, batch: int, tokens: int) -> Meter:
+    """tokens: of a usual caption. Called before blocks are told to recompute, for memory's sake, what is no work of the
+    model's."""
+    work = cost.work(program, batch, tokens, settings.data.cache != "none")
+    return Meter(work / batch, peak(loop.precision(settings.train.precision, device()), device()))
 
 
 @dataclass

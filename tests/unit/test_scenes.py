@@ -639,7 +639,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(tmp_
         ("{", "cannot be read"),
         ("[]", "is not the truth"),
         ('{"info": {"version": 0}}', "version 0"),
-        ('{"info": {"version": 1}, "scenes": {"1": {"preset": "simple"}}}', "is not the truth"),
+        ('{"info": {"version": 2}, "scenes": {"1": {"preset": "simple"}}}', "is not the truth"),
     ],
 )
 def test_truth_that_cannot_be_had_is_said_in_one_line(tmp_path, text, message):
