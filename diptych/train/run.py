@@ -38,8 +38,8 @@ from diptych.train.trackers import Trackers
 from diptych.train.validation import RECALL, Validation
 from diptych.train.watch import Silent, Watch
 
-# What a run that goes on may be given anew: the rest decides which bits come out. (Features made anew in another cache
-# folder may, too, in their last bits: those of one picture depend on the others of its batch.)
+# What a run that goes on may be given anew: the rest decides which bits come out. (Some of these change last bits too,
+# and where dropout falls: other chunks, another number of processes; and features made anew in another cache folder.)
 FREE = (
     "about",
     "out",
@@ -50,6 +50,7 @@ FREE = (
     "train.save_every",
     "train.keep",
     "train.keep_best",
+    "train.accumulate",
     "train.parallel",
     "train.timeout",
     "train.trackers",
