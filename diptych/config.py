@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,8 +22,9 @@ class Data(Section):
     path: a file or folder (COCO captions, Karpathy's JSON, JSONL, CSV, pictures with .txt, tar shards, parquet files, a
     saved Hugging Face dataset), or hf:OWNER/NAME of the hub; images: where its pictures lie, when not beside it.
     train, val, test: names of splits, where it has any; hold_out: without a val split, this many training pictures (at
-    most a tenth) are kept for validation. captions: "one" a picture an epoch, or "all".
-    max_tokens: of a caption.
+    most a tenth) are kept for validation. also: other data sets to train on, path → weight, where `path` has weight 1:
+    {coco.json: 3} draws three rows in four from that. captions: "one" a picture an epoch, or "all". max_tokens: of a
+    caption.
     cache: "memory" encodes every picture once at the start (frozen encoder, no augmentation); "disk" keeps that for
     other runs too, in cache_folder, and maps it into memory; "none" encodes at every step.
     views: of each training picture, one of which is drawn each time: 1 the picture, 2 its mirror image too (not where
@@ -37,6 +38,7 @@ class Data(Section):
     val: str | None = "val"
     test: str | None = "test"
     hold_out: int = Field(0, ge=0)
+    also: dict[str, Annotated[float, Field(gt=0)]] = {}
     limit: int | None = Field(None, gt=0)
     captions: Literal["one", "all"] = "one"
     max_tokens: int = Field(32, gt=2)

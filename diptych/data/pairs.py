@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diptych.data.order import Epochs, Mixture
 from diptych.data.pictures import BadPicture, open_picture
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record, compact
@@ -156,41 +157,38 @@ class PairSteps(Dataset):
         max_tokens: int = 32,
         seed: int = 0,
         part: Callable[[int], range] = range,
+        weights: Sequence[float] = (),
     ):
-        """part: which rows of a batch of so many this process reads, all by default."""
+        """part: which rows of a batch of so many this process reads, all by default. weights: of the data sets that the
+        records are of (`Record.source`), where there are several: rows are drawn by them, and an epoch is as many rows
+        as all have."""
         self.records, self.pictures, self.tokenizer = compact(records), pictures, tokenizer
-        self.captions, self.max_tokens, self.seed = captions, max_tokens, seed
-        rows = len(records) if captions == "one" else int(self.records.captions.sum())
+        self.max_tokens, counts = max_tokens, self.records.captions
         if len({r.image_id for r in records}) < 2:
             raise UserError("training needs at least two pictures with captions: contrast compares them")
-        self.batch = min(batch, rows)
+        every, views = captions == "all", pictures.views
+        self.epochs = Epochs(counts, every, views, [seed])
+        self.batch = min(batch, self.epochs.rows)
         self.mine = part(self.batch)
         if not self.mine:
             raise UserError(f"a batch of {self.batch} has no row for each process: start fewer, or raise train.batch")
-        self.steps_per_epoch = rows // self.batch
-        self._kept: tuple[int, np.ndarray] | None = None
+        self.steps_per_epoch = self.epochs.rows // self.batch
+        self.mixture: Mixture | None = None
+        if weights:
+            places = [np.flatnonzero(self.records.sources == number) for number in range(len(weights))]
+            sources = [Epochs(counts[p], every, views, [seed, k], int(p[0])) for k, p in enumerate(places) if len(p)]
+            kept = [weight for weight, p in zip(weights, places, strict=True) if len(p)]
+            self.mixture = Mixture(sources, kept, self.batch, seed)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """(rows, 3): which record, which of its captions, which of its views, in the order of that epoch."""
-        if self._kept is None or self._kept[0] != epoch:
-            self._kept = (epoch, self._order(epoch))
-        return self._kept[1]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        draw, counts = np.random.default_rng([self.seed, epoch]), self.records.captions
-        if self.captions == "one":
-            pairs = np.stack([np.arange(len(counts)), draw.integers(counts)], 1)
-        else:
-            first = np.cumsum(counts) - counts
-            pairs = np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(counts.sum())], 1)
-            pairs[:, 1] -= np.repeat(first, counts)
-        pairs = draw.permutation(pairs)
-        views = draw.integers(self.pictures.views, size=(len(pairs), 1))  # last, so that with one the rest stays
-        return np.concatenate([pairs, views], 1)
+    def chosen(self, step: int) -> np.ndarray:
+        """(batch, 3) of all processes: which record, which of its captions, which of its views."""
+        if self.mixture is not None:
+            return self.mixture.step(step)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self.epochs.order(epoch)[place * self.batch : (place + 1) * self.batch]
 
     def __getitem__(self, step: int) -> PairBatch:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[place * self.batch : (place + 1) * self.batch][self.mine]
+        chosen = self.chosen(step)[self.mine]
         seen = self.pictures.rows([int(i * self.pictures.views + view) for i, _, view in chosen])
         chosen = chosen[seen.kept]
         records = [self.records[i] for i in chosen[:, 0]]

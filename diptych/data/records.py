@@ -22,22 +22,25 @@ class Record:
     captions: tuple[str, ...]  # at least one, none empty, without white space at the ends
     image_id: int | str  # equal ids are the same picture, and never negatives of each other
     where: str  # "captions.json, image 17", "data.csv, line 12": for messages
+    source: int = 0  # which of a mixture's data sets it is of
 
 
 class Records(Sequence[Record]):
     """Records in a few arrays, for a run: a million of them as Python objects would be copied into each worker bit by
-    bit, for whoever looks at an object writes its count of references. captions: how many each record has (n,)."""
+    bit, for whoever looks at an object writes its count of references. captions (n,): how many each record has;
+    sources (n,): each one's `source`."""
 
     def __init__(self, records: Iterable[Record]):
-        texts, ends, counts = bytearray(), [0], []
+        texts, ends, counts, sources = bytearray(), [0], [], []
         for record in records:
             for text in (record.image, record.where, json.dumps(record.image_id), *record.captions):
                 texts += text.encode(*CODE)
                 ends.append(len(texts))
             counts.append(len(record.captions))
+            sources.append(record.source)
         self._texts = np.frombuffer(bytes(texts), np.uint8)
         self._ends = np.array(ends, np.int64)
-        self.captions = np.array(counts, np.int64)
+        self.captions, self.sources = np.array(counts, np.int64), np.array(sources, np.int64)
         self._first = np.concatenate([[0], np.cumsum(self.captions + 3)])  # of each record's texts
 
     def __len__(self) -> int:
@@ -52,7 +55,7 @@ class Records(Sequence[Record]):
         texts = self._texts[ends[0] : ends[-1]].tobytes()
         parts = (texts[a:b].decode(*CODE) for a, b in zip(ends - ends[0], ends[1:] - ends[0], strict=False))
         image, where, image_id, *captions = parts
-        return Record(image, tuple(captions), json.loads(image_id), where)
+        return Record(image, tuple(captions), json.loads(image_id), where, int(self.sources[index]))
 
 
 def compact(records: Iterable[Record]) -> Records:

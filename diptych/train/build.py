@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.starts import bert_shape, start_from_bert, started
-from diptych.config import Settings
+from diptych.config import Data, Settings
 from diptych.core.config import StackConfig
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
@@ -58,7 +58,17 @@ def splits(
         if count:
             found["train"], found["val"] = hold_out(found["train"], count, seed=0)
         say(f"{count} of the training pictures are held out for validation")
+    for number, other in enumerate(data.also, start=1):
+        found["train"] += _other(data, other, number, faults)
     return found
+
+
+def _other(data: Data, path: str, number: int, faults: list[Fault] | None) -> list[Record]:
+    """The training split of a mixture's data set, or all of it where it names none. Its image ids are its own."""
+    split = data.train if readers.splits(path) else None
+    skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
+    records = readers.read(path, split=split, limit=data.limit, faults=skipped)
+    return [replace(record, image_id=f"{path}: {record.image_id}", source=number) for record in records]
 
 
 def tokenizer(settings: Settings) -> Tokenizer:

@@ -227,6 +227,7 @@ def _batches(
         settings.data.max_tokens,
         settings.train.seed,
         processes.part,
+        [1.0, *settings.data.also.values()] if settings.data.also else (),
     )
 
 

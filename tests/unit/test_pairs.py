@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diptych import config
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.data.features import encode, in_memory
@@ -21,6 +23,7 @@ from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
 from diptych.text.tokenizer import Tokenizer
+from diptych.train.build import splits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "red", "blue", "dog", "cat", "bus", "runs", "sits"]
 CAPTIONS = [
@@ -63,7 +66,7 @@ def equal(one: PairBatch, other: PairBatch) -> bool:
 
 
 def rows_of(batches: PairSteps, epoch: int) -> list[tuple[int, int]]:
-    return [(int(i), int(j)) for i, j, _ in batches.order(epoch)]
+    return [(int(i), int(j)) for i, j, _ in batches.epochs.order(epoch)]
 
 
 def told(batch: PairBatch, words: Tokenizer) -> list[str]:
@@ -113,6 +116,47 @@ def test_batches_can_be_handed_to_processes_that_share_no_memory(steps):
     batches = steps()
     batches[0]
     assert equal(pickle.loads(pickle.dumps(batches))[4], batches[4])
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_a_mixture_draws_by_weight_and_goes_through_each_data_set(records, words, captions):
+    said = [replace(record, source=int(i > 4)) for i, record in enumerate(records)]  # five pictures and two
+
+    def mixed() -> PairSteps:
+        table = Features(torch.zeros(14, 1, 2), views=2)
+        return PairSteps(said, table, words, 6, captions, seed=4, weights=(1, 3))
+
+    steps = mixed()
+    taken = [steps.chosen(step) for step in range(2100)]  # over the first blocks' ends
+    assert {rows.shape for rows in taken} == {(6, 3)}
+    every = np.concatenate(taken)
+    assert (every[:, 0] > 4).mean() == pytest.approx(0.75, abs=0.015)
+    assert len({tuple((rows[:, 0] > 4).tolist()) for rows in taken[:40]}) > 10  # in a shuffled order
+    for is_second, count in ((False, 5), (True, 2)):
+        own = every[(every[:, 0] > 4) == is_second]
+        size = count if captions == "one" else sum(len(said[i].captions) for i in set(own[:, 0]))
+        seen = np.unique(own[:, :2], axis=0, return_counts=True)[1] if captions == "all" else np.bincount(own[:, 0])
+        seen = seen[seen > 0]
+        assert len(seen) == size and seen.max() - seen.min() <= 2  # each epoch has each row once
+    again = pickle.loads(pickle.dumps(mixed()))
+    assert all(np.array_equal(again.chosen(step), taken[step]) for step in (2099, 0, 1024, 1023))
+    assert again[3].image_id.tolist() == [number(said[i].image_id) for i in taken[3][:, 0]]
+
+
+def test_a_recipe_mixes_data_sets_whose_ids_are_their_own(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name, parts in (("one", ("train", "val")), ("two", ("train", "test")), ("three", (None,))):
+        rows = [{"image": "a.png", "caption": f"{name} {part}", "image_id": 7, "split": part} for part in parts]
+        lines = (json.dumps({key: value for key, value in row.items() if value}) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    two, three = (str(tmp_path / f"{name}.jsonl") for name in ("two", "three"))
+    chosen = config.load("demo", [f"data.path={tmp_path / 'one.jsonl'}", f"data.also={{{two}: 3, {three}: 0.5}}"])
+    found = splits(chosen)
+    assert [r.captions for r in found["train"]] == [("one train",), ("two train",), ("three None",)]
+    assert [r.source for r in found["train"]] == [0, 1, 2] and [r.captions for r in found["val"]] == [("one val",)]
+    assert [r.image_id for r in found["train"]] == [7, f"{two}: 7", f"{three}: 7"]
+    with pytest.raises(UserError, match="greater than 0"):
+        config.load("demo", [f"data.also={{{two}: 0}}"])
 
 
 @pytest.mark.parametrize("captions, rows", [("one", 7), ("all", 12)])
