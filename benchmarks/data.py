@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pairs import Spread
+from pairs import Spread, in_turns
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -113,13 +113,10 @@ def shards(path: str, pictures: int, pairs: int) -> None:
             tensors = read_.decode("pilrgb").to_tuple("jpg").map(lambda sample: change(sample[0]))
             return DataLoader(tensors.batched(64, collation_fn=torch.stack), batch_size=None, num_workers=1)
 
-        found: dict[str, list[float]] = {"ours": [], "WebDataset": []}
-        for pair in range(pairs):
-            for name, loader in (("ours", ours), ("WebDataset", theirs))[:: 1 if pair % 2 else -1]:
-                found[name].append(rate(loader, pictures))
-    for name, rates in found.items():
+        each = in_turns(lambda: rate(ours, pictures), lambda: rate(theirs, pictures), pairs)
+    for name, rates in zip(("ours", "WebDataset"), each, strict=True):
         print(f"{name}: {median(rates):.0f} pictures/s of one worker ({min(rates):.0f} to {max(rates):.0f})")
-    spread = Spread.of(a / b for a, b in zip(*found.values(), strict=True))
+    spread = Spread.of(a / b for a, b in zip(*each, strict=True))
     print(f"{spread.median:.2f} times as fast (quartiles {spread.lower:.2f} and {spread.upper:.2f}, {pairs} pairs)")
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from pairs import Spread
+from pairs import Spread, in_turns
 from torch import nn
 
 from diptych import config
@@ -46,18 +46,13 @@ def main() -> None:
     seen, _, _ = image_cost(program.image_encoder)
     batch = random_batch(program, seen, chosen.tokens, settings.train.batch)
     dtype = precision(settings.train.precision, torch.device("cpu"))
-    ratios = []
-    for pair in range(-1, chosen.pairs):  # the first is warm-up
-        taken = {}
-        for side in ("ours", "torch's")[:: 1 if pair % 2 else -1]:
-            if side == "ours":
-                taken[side] = seconds(program, batch, dtype)
-            else:
-                with patch.object(attention, "drop", F.dropout), patch.object(Dropout, "forward", nn.Dropout.forward):
-                    taken[side] = seconds(program, batch, dtype)
-        if pair >= 0:
-            ratios.append(taken["torch's"] / taken["ours"])
-    spread = Spread.of(ratios)
+
+    def theirs() -> float:
+        with patch.object(attention, "drop", F.dropout), patch.object(Dropout, "forward", nn.Dropout.forward):
+            return seconds(program, batch, dtype)
+
+    each = in_turns(lambda: seconds(program, batch, dtype), theirs, chosen.pairs)
+    spread = Spread.of(slow / fast for fast, slow in zip(*each, strict=True))
     print(f"{settings.out}, batch {settings.train.batch}, {chosen.threads} threads: {spread.median:.2f} times as fast "
           f"(quartiles {spread.lower:.2f} and {spread.upper:.2f}, {chosen.pairs} pairs)")  # fmt: skip
 

@@ -1,15 +1,17 @@
 """How many pictures at a time should a frozen encoder take on a CPU: `python benchmarks/encoding.py --pairs 10`.
 
-Two batch sizes encode the same random pictures in turns, A B, B A, …; the figure is the ratio inside each pair.
+Two batch sizes encode the same random pictures in turns, A B, B A, …; the figure is the ratio inside each pair. What
+it found at 96, 128, 224 and 288 px is `PIXELS` of diptych/data/features.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from statistics import quantiles
+from functools import partial
 
 import torch
+from pairs import Spread, in_turns
 from torch import Tensor, nn
 
 from diptych.config import Encoder
@@ -35,17 +37,13 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     encoder = image_encoder(Encoder(name=chosen.name, size=chosen.size)).eval()
     pixels = torch.randn(2 * max(chosen.batches), 3, encoder.spec.size, encoder.spec.size)
-    ratios, each = [], ([], [])
-    for pair in range(-1, chosen.pairs):  # the first is warm-up
-        for side in (0, 1) if pair % 2 else (1, 0):
-            each[side].append(seconds(encoder, pixels, chosen.batches[side]))
-        if pair >= 0:
-            ratios.append(each[1][-1] / each[0][-1])
-    lower, middle, upper = quantiles(ratios, n=4, method="inclusive")
+    each = in_turns(*(partial(seconds, encoder, pixels, batch) for batch in chosen.batches), chosen.pairs)
+    spread = Spread.of(slow / fast for fast, slow in zip(*each, strict=True))
     small, large = (min(side) / len(pixels) * 1e3 for side in each)
     print(f"{chosen.name}, {encoder.spec.size} px, {chosen.threads} threads, ms a picture: {chosen.batches[0]} "
           f"at a time {small:.1f}, {chosen.batches[1]} at a time {large:.1f}")  # fmt: skip
-    print(f"{middle:.2f} times as fast (quartiles {lower:.2f} and {upper:.2f}, {chosen.pairs} pairs)")
+    print(f"{spread.median:.2f} times as fast (quartiles {spread.lower:.2f} and {spread.upper:.2f}, "
+          f"{chosen.pairs} pairs)")  # fmt: skip
 
 
 if __name__ == "__main__":

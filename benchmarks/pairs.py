@@ -163,6 +163,15 @@ def relative_difference(left: dict[str, float], right: dict[str, float], compare
     return worst
 
 
+def in_turns(a: Callable[[], float], b: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
+    """What two sides within this process measure, A B, B A, A B, …, after a pair that is left out."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(pairs + 1):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            found[side].append((a, b)[side]())
+    return found[0][1:], found[1][1:]
+
+
 def alternate(
     a: Worker,
     b: Worker,

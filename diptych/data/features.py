@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from diptych.data.pairs import Files, plain_errors
 from diptych.data.readers.faults import Fault
 
+PIXELS = 4 * 224**2  # encoded at once on a CPU, whose caches the maps of more would leave (benchmarks/encoding.py)
+
 
 class Encoded(NamedTuple):
     """tokens (n, N, D) bfloat16 of the records at places `kept`; faults: of the others' pictures.
@@ -47,17 +49,14 @@ def encode(
     encoder: nn.Module,
     files: Files,
     places: Sequence[int],
-    batch: int | None = None,
+    batch: int = 32,
     workers: int = 0,
     done: Callable[[int], None] = lambda pictures: None,
 ) -> Iterator[Encoded]:
     """Image tokens of the pictures of the records at `places`, a batch at a time, in order. `done` hears how many have
     been looked at.
-
-    batch: None is 4 on a CPU, where the maps of more leave its caches (benchmarks/encoding.py), and 32 elsewhere.
     """
     device, looked = next(encoder.parameters()).device, 0
-    batch = batch or (4 if device.type == "cpu" else 32)
     with plain_errors():
         for found in DataLoader(_Some(files, places), batch_size=batch, num_workers=workers, collate_fn=list):
             faults = [fault for _, fault in found if isinstance(fault, Fault)]
@@ -65,10 +64,16 @@ def encode(
             tokens = torch.empty(0, dtype=torch.bfloat16)
             if sound:
                 pixels = torch.stack([pixels for _, pixels in sound])
-                tokens = encoder(pixels.to(device)).tokens.to("cpu", torch.bfloat16)
-            yield Encoded(tokens, [place for place, _ in sound], faults)
+                tokens = torch.cat([encoder(some.to(device)).tokens.bfloat16() for some in _at_once(pixels, device)])
+            yield Encoded(tokens.cpu(), [place for place, _ in sound], faults)
             looked += len(found)
             done(looked)
+
+
+def _at_once(pixels: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """The pictures (b, 3, H, W) in parts of as many as `device` encodes fastest."""
+    height, width = pixels.shape[-2:]
+    return pixels.split(max(1, PIXELS // (height * width))) if device.type == "cpu" else [pixels]
 
 
 def in_memory(parts: Iterable[Encoded], room: int) -> Encoded:

@@ -16,6 +16,7 @@ from torch import Tensor
 from diptych import config
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
+from diptych.data import features
 from diptych.data.features import encode, in_memory
 from diptych.data.pairs import Features, Files, PairBatch, PairSteps, number
 from diptych.data.records import Record, Records, compact
@@ -266,8 +267,9 @@ def test_a_batch_of_bad_pictures_alone_leaves_the_others(records, tmp_path):
         assert len(found.tokens) == len(found.kept) and len(found.faults) == order.count(bad)
 
 
-def test_features_are_what_the_encoder_makes_of_the_files(records, words):
+def test_features_are_what_the_encoder_makes_of_the_files(records, words, monkeypatch):
     """Within bfloat16's 8 bits, for the same records in the same order, on any number of rows at a time."""
+    monkeypatch.setattr(features, "PIXELS", 2 * SPEC.size**2)
     torch.manual_seed(0)
     tower = VisionTransformer(VisionConfig(StackConfig(8, 1, 2, 16), SPEC.size, 4))
     encoder, heard = freeze(tower), []
