@@ -190,7 +190,7 @@ def evaluate(run: Path, split: str | None, rerank: int | None, java_metrics: tup
     _check_run(run)
     from diptych.train.evaluation import evaluate
 
-    evaluate(run, split, rerank, not no_report, click.echo, java_metrics)
+    evaluate(run, split=split, rerank=rerank, report=not no_report, say=click.echo, java_metrics=java_metrics)
 
 
 @cli.command()

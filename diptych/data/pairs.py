@@ -164,7 +164,7 @@ class PairSteps(Dataset):
         as all have."""
         self.records, self.pictures, self.tokenizer = compact(records), pictures, tokenizer
         self.max_tokens, counts = max_tokens, self.records.captions
-        if len({r.image_id for r in records}) < 2:
+        if all(r.image_id == records[0].image_id for r in records):
             raise UserError("training needs at least two pictures with captions: contrast compares them")
         every, views = captions == "all", pictures.views
         self.epochs = Epochs(counts, every, views, [seed])

@@ -35,7 +35,8 @@ def backward(
     call: the program, as it is to be called in each of several processes. chunks: in how many, at most one a row; of
     several processes each takes as many. Dropout falls alike on both encodings of a chunk.
     """
-    chunks = min(chunks, *gather.counts(len(batch), next(program.parameters()).device))
+    if chunks > 1:
+        chunks = min(chunks, *gather.counts(len(batch), next(program.parameters()).device))
     if chunks == 1:
         return _backward(call, scaler, cast, batch)
     parts, kept, drawn = batch.split(chunks), [], []

@@ -44,9 +44,9 @@ def splits(
     if path is None:
         raise UserError("data.path is not set: give your captions file or folder, as data.path=PATH")
     known = readers.splits(path)
+    skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
 
     def part(name: str | None) -> list[Record]:
-        skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
         return readers.read(path, images=data.images, split=name if known else None, limit=data.limit, faults=skipped)
 
     found = {"train": part(data.train)}
@@ -59,14 +59,13 @@ def splits(
             found["train"], found["val"] = hold_out(found["train"], count, seed=0)
         say(f"{count} of the training pictures are held out for validation")
     for number, other in enumerate(data.also, start=1):
-        found["train"] += _other(data, other, number, faults)
+        found["train"] += _other(data, other, number, skipped)
     return found
 
 
-def _other(data: Data, path: str, number: int, faults: list[Fault] | None) -> list[Record]:
+def _other(data: Data, path: str, number: int, skipped: list[Fault] | None) -> list[Record]:
     """The training split of a mixture's data set, or all of it where it names none. Its image ids are its own."""
     split = data.train if readers.splits(path) else None
-    skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
     records = readers.read(path, split=split, limit=data.limit, faults=skipped)
     return [replace(record, image_id=f"{path}: {record.image_id}", source=number) for record in records]
 

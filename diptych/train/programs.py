@@ -5,6 +5,7 @@ b rows of this process, B rows of all, Q query tokens, E embedding, T text token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,12 +58,12 @@ class Stage1Embeddings:
 class Held:
     """What this process holds of a step: all its rows, of which one chunk is being computed, and the rest stands still.
 
-    batch: all; tokens (b, N, D), pictures (b, Q, E), texts (b, E): of all. start: the chunk's first row; chunks: how
-    many there are.
+    batch: all; pictures (b, Q, E), texts (b, E): of all; tokens: of all, a tensor (·, N, D) each chunk, for only other
+    processes ask for them. start: the chunk's first row; chunks: how many there are.
     """
 
     batch: PairBatch
-    tokens: Tensor
+    tokens: Sequence[Tensor]
     pictures: Tensor
     texts: Tensor
     start: int = 0
@@ -72,10 +73,11 @@ class Held:
     def of(cls, embeddings: Stage1Embeddings, batch: PairBatch, rest: Rest | None) -> Held:
         own = (embeddings.tokens, embeddings.pictures, embeddings.texts)
         if rest is None:
-            return cls(batch, *own)
+            return cls(batch, [own[0]], *own[1:])
         parts = [*rest.kept[: rest.number], own, *rest.kept[rest.number + 1 :]]
-        start = sum(len(texts) for _, _, texts in parts[: rest.number])
-        return cls(rest.batch, *map(torch.cat, zip(*parts, strict=True)), start, len(parts))
+        tokens, pictures, texts = zip(*parts, strict=True)
+        start = sum(map(len, texts[: rest.number]))
+        return cls(rest.batch, tokens, torch.cat(pictures), torch.cat(texts), start, len(parts))
 
 
 class Stage1(Program):
@@ -199,7 +201,8 @@ class Stage1(Program):
         if size == 1:
             return memory.at(pictures - begin)
         norm = self.model.picture_norm
-        everyone = gather.gather(norm(held.tokens.to(norm.weight.dtype)))
+        tokens = held.tokens[0] if held.chunks == 1 else torch.cat([*held.tokens])
+        everyone = gather.gather(norm(tokens.to(norm.weight.dtype)))
         ours = (pictures >= begin) & (pictures < begin + own)
         others, place = torch.unique(pictures[~ours], return_inverse=True)
         index = pictures - begin
@@ -214,7 +217,7 @@ class Stage1(Program):
         logits, labels, _ = self.model.predict(past.at(taken), ids, mask)
         losses = language.caption_loss(logits, labels, self.objectives.smoothing) * due
         everywhere, some = share_of(share, held.batch)
-        words = language.shifted(held.batch.ids[everywhere], held.batch.mask[everywhere])[0].sum()
+        words = held.batch.mask[everywhere, 1:].sum()  # all but the first are predicted
         return gather.mean(losses.sum(), words * some, self.objectives.mean)
 
 
