@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from diptych.data.pairs import Files, plain_errors
 from diptych.data.readers.faults import Fault
 
+BATCH = 32
 PIXELS = 4 * 224**2  # encoded at once on a CPU, whose caches the maps of more would leave (benchmarks/encoding.py)
 
 
@@ -49,7 +50,7 @@ def encode(
     encoder: nn.Module,
     files: Files,
     places: Sequence[int],
-    batch: int = 32,
+    batch: int = BATCH,
     workers: int = 0,
     done: Callable[[int], None] = lambda pictures: None,
 ) -> Iterator[Encoded]:
@@ -89,3 +90,12 @@ def in_memory(parts: Iterable[Encoded], room: int) -> Encoded:
         kept += part.kept
         faults += part.faults
     return Encoded(table[: len(kept)], kept, faults)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Parts that follow each other as one."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = [part.tokens for part in parts if part.kept] or [parts[0].tokens]
+    kept = [place for part in parts for place in part.kept]
+    return Encoded(torch.cat(tokens), kept, [fault for part in parts for fault in part.faults])

@@ -1,4 +1,4 @@
-"""A picture-and-text model on a set of records: retrieval by its protocol, and captions.
+"""A picture-and-text model on a set of records: retrieval by its protocol, and captions. Processes share the work.
 
 I pictures, T texts, Q query tokens, E embedding, N image tokens, D width.
 """
@@ -17,7 +17,10 @@ from diptych.data.records import Record
 from diptych.evaluate.inference import PictureText
 from diptych.evaluate.retrieval import Protocol, Reranked, rerank, retrieval
 from diptych.generate import Search
+from diptych.objectives import gather
 from diptych.objectives.contrastive import similarity
+
+PICTURES, TEXTS, CAPTIONED = 64, 1024, 32  # that one process takes at a time
 
 
 @dataclass
@@ -39,7 +42,10 @@ class Gallery:
 
 def similarities(model: PictureText, gallery: Gallery) -> Tensor:
     """(I, T) ITC cosines."""
-    return similarity(model.embed_tokens(gallery.tokens), model.embed_texts(gallery.texts))
+    texts = [gallery.texts[start : start + TEXTS] for start in range(0, len(gallery.texts), TEXTS)]
+    pictures = gather.shared(gallery.tokens.split(PICTURES), lambda part: model.embed_tokens(part).cpu())
+    embedded = gather.shared(texts, lambda part: model.embed_texts(part).cpu())
+    return similarity(torch.cat(pictures).to(model.device), torch.cat(embedded).to(model.device))
 
 
 def by_itc(scores: Tensor, gallery: Gallery, draws: int = 1000) -> dict:
@@ -73,4 +79,6 @@ def pair_scorer(model: PictureText, gallery: Gallery, rows_of: Callable[..., Ten
 
 def captions(model: PictureText, gallery: Gallery, count: int, search: Search) -> list[str]:
     """What the model says of the first `count` pictures."""
-    return model.caption_tokens(gallery.tokens[:count], None, search)
+    parts = gallery.tokens[:count].split(CAPTIONED)
+    said = gather.shared(parts, lambda part: model.caption_tokens(part, None, search, CAPTIONED))
+    return [text for part in said for text in part]

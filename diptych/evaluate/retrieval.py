@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from diptych.errors import UserError, nearest
+from diptych.objectives import gather
 
 KS = (1, 5, 10)
 RankedBy: TypeAlias = Literal["itc", "itm", "itm+itc", "itm+itc/t"]
@@ -334,8 +335,7 @@ def rerank(
 
 
 def _score_in_chunks(keys: Tensor, texts: int, score_pairs: ScorePairs, chunk: int, like: Tensor) -> Tensor:
-    parts = []
-    for part in keys.split(chunk):
+    def score(part: Tensor) -> Tensor:
         images, columns = part // texts, part % texts
         scores = score_pairs(images, columns)
         if scores.shape != images.shape:
@@ -346,8 +346,9 @@ def _score_in_chunks(keys: Tensor, texts: int, score_pairs: ScorePairs, chunk: i
             bad = int((~scores.isfinite()).nonzero()[0, 0])
             pair = f"picture {int(images[bad])} and text {int(columns[bad])}"
             raise UserError(f"the ITM score of {pair} is {float(scores[bad])}; check the model's weights")
-        parts.append(scores.to(like))
-    return torch.cat(parts)
+        return scores.cpu()
+
+    return torch.cat(gather.shared(keys.split(chunk), score)).to(like)
 
 
 def _best(scores: Tensor, top: int) -> Tensor:

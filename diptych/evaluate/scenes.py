@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diptych.data import scenes
 from diptych.data.records import Record
-from diptych.evaluate.gallery import Gallery, pair_scorer
+from diptych.evaluate.gallery import Gallery, pair_scorer, similarities
 from diptych.evaluate.inference import PictureText
 from diptych.evaluate.report import DIRECTIONS
-from diptych.objectives.contrastive import similarity
+from diptych.objectives import gather
 
 OBJECT = "colour and shape of an object"
 
@@ -82,8 +82,8 @@ def _margins(model: PictureText, gallery: Gallery, where: Tensor, rows: list[dic
     """By how much each row's true caption scores above its false one with picture `where[row]`, a score each."""
     words = list(dict.fromkeys(row[key] for row in rows for key in ("caption", "negative")))
     number = {text: i for i, text in enumerate(words)}
-    cosines = similarity(model.embed_tokens(gallery.tokens), model.embed_texts(words)).cpu()
     spoken = replace(gallery, texts=words)
+    cosines = similarities(model, spoken).cpu()
     joint = {"ITM": PictureText.match_rows, "LM": PictureText.likelihood_rows}
 
     def scores(key: str) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ def _margins(model: PictureText, gallery: Gallery, where: Tensor, rows: list[dic
         found = {"ITC": cosines[where, texts]}
         for name, rows_of in joint.items():
             score = pair_scorer(model, spoken, rows_of)
-            parts = zip(where.split(256), texts.split(256), strict=True)
-            found[name] = torch.cat([score(*pair).cpu() for pair in parts])
+            parts = [*zip(where.split(256), texts.split(256), strict=True)]
+            found[name] = torch.cat(gather.shared(parts, lambda pair, score=score: score(*pair).cpu()))
         return found
 
     true, false = scores("caption"), scores("negative")

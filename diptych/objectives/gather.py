@@ -5,13 +5,15 @@ b rows of this process, B rows of all (in order of rank), W processes. Without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Part, Found = TypeVar("Part"), TypeVar("Found")
 _alone = False
 
 
@@ -40,6 +42,27 @@ def counts(rows: int, device: torch.device) -> list[int]:
     every = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(size)]
     dist.all_gather(every, torch.tensor([rows], device=device))
     return [int(n) for n in every]
+
+
+def everyone(mine: Found) -> list[Found]:
+    """What each process holds, in order of rank; tensors in it are the CPU's, for a GPU's would come back on a GPU of
+    another process."""
+    _, size = world()
+    if size == 1:
+        return [mine]
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, mine)
+    return every
+
+
+def shared(parts: Sequence[Part], work: Callable[[Part], Found]) -> list[Found]:
+    """`work` of each part, in order. Of W processes each does every W-th and hears of the others: `work` is asked for
+    the same parts whatever W is, and so gives the same bits. What it gives goes by `everyone`."""
+    rank, size = world()
+    found: list[Any] = [None] * len(parts)
+    for other, done in enumerate(everyone([work(part) for part in parts[rank::size]])):
+        found[other::size] = done
+    return found
 
 
 class _Gather(torch.autograd.Function):

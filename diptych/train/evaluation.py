@@ -30,11 +30,12 @@ from diptych.evaluate.report import (
 )
 from diptych.evaluate.retrieval import ranks
 from diptych.generate import Search
-from diptych.train import features, skipped
+from diptych.objectives import gather
+from diptych.train import features, processes, skipped
 from diptych.train.build import splits
 from diptych.train.checkpoint import fingerprint
-from diptych.train.run import Run, load
-from diptych.train.watch import Watch
+from diptych.train.run import Run, load, settings_of
+from diptych.train.watch import Silent, Watch
 
 SHOWN = 12  # pictures of a report's gallery
 
@@ -59,28 +60,42 @@ def evaluate(
     java_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a run on one of its splits, tells of it, and writes results.json in its folder and, with `report`,
-    report.html. split: "train", "val" or "test"; test when None, or val where there is none. rerank: how many
-    candidates ITM re-ranks; the recipe's when None. java_metrics: "meteor", "spice"; the recipe's when empty.
+    report.html. Where torchrun started several processes they share the work, to the same results.
+
+    split: "train", "val" or "test"; test when None, or val where there is none. rerank: how many candidates ITM
+    re-ranks; the recipe's when None. java_metrics: "meteor", "spice"; the recipe's when empty.
     """
     java.check(java_metrics)
-    run = load(folder)
+    with processes.joined(settings_of(Path(folder)).train.timeout):
+        return _evaluate(load(folder), split, rerank, report, say, java_metrics)
+
+
+def _evaluate(
+    run: Run,
+    split: str | None,
+    rerank: int | None,
+    report: bool,
+    say: Callable[[str], None],
+    java_metrics: Sequence[str],
+) -> dict[str, Any]:
+    first = processes.is_first()
+    watch = Watch(run.folder, say=say) if first else Silent(run.folder)
     java_metrics = java_metrics or run.settings.evaluation.java_metrics
     java.check(java_metrics)
-    watch = Watch(run.folder, say=say)
     faults: list[Fault] = []
     parts = splits(run.settings, faults=faults)
     split = split or ("test" if "test" in parts else "val")
     if split not in parts:
-        raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+        raise UserError(f"{run.folder}: the run has no split '{split}'; it has {', '.join(parts)}")
     found = figures(run, parts[split], rerank, watch, faults, java_metrics)
     for result in found.results:
         for line in ["", *summary_lines(result)]:
-            say(line)
+            watch.say(line)
     if scenes.is_scenes(run.settings.data.path) and split == "test":
         _unseen(run, found, watch)
     for title, rows in found.tables.items():
         for line in ["", title, *table_lines(rows)]:
-            say(line)
+            watch.say(line)
     record = {
         "split": split,
         "retrieval": found.results,
@@ -88,11 +103,12 @@ def evaluate(
         "captions": found.said,
         "pictures": [{"image": r.image, "image_id": r.image_id, "captions": r.captions} for r in found.gallery.records],
     }
-    (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    if report:
+    if first:
+        (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    if first and report:
         left_out = dict.fromkeys([*skipped.read(run.folder), *faults])
         path = write_report(run.folder / "report.html", report_data(run, found, split, [*left_out]))
-        say(f"\nreport: {path}")
+        watch.say(f"\nreport: {path}")
     return record
 
 
@@ -122,8 +138,9 @@ def figures(
         count = min(chosen.captions, len(records))
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
         found.said = galleries.captions(run.model, gallery, count, search)
-        rows = captioning.score_rows(found.said, [record.captions for record in records[:count]], java_metrics)
-        found.tables["Captions beside their references"] = rows
+        references = [record.captions for record in records[:count]]
+        rows = gather.shared([found.said], lambda said: captioning.score_rows(said, references, java_metrics))
+        found.tables["Captions beside their references"] = rows[0]
     if scenes.is_scenes(folder):
         _scene_figures(run, found, str(folder))
     return found

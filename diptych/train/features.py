@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from diptych.config import Encoder, Settings
 from diptych.data import cache, features
 from diptych.data.cache import FeatureCache, Table
+from diptych.data.features import BATCH, Encoded
 from diptych.data.pairs import Features, Files, Pictures
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.data.transforms import views
 from diptych.errors import UserError
+from diptych.objectives import gather
+from diptych.train import processes
 from diptych.train.checkpoint import fingerprint
 from diptych.train.watch import Watch
 
@@ -55,13 +58,21 @@ def _encoded(
     if settings.data.cache == "disk":
         kept, found, tokens = _on_disk(settings, encoder, files, watch, what)
     else:
-        with watch.progress(f"encoding {_all(what, files)}", len(files)) as done:
-            parts = features.encode(encoder, files, range(len(files)), workers=settings.data.workers, done=done)
-            tokens, kept, found = features.in_memory(parts, len(files))
+        tokens, kept, found = _in_memory(settings, encoder, files, watch, what)
     faults += dict.fromkeys(found)
     if not kept:
         raise UserError(f"none of {len(files.records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")
     return _whole(files, kept), tokens
+
+
+def _in_memory(settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str) -> Encoded:
+    """All of them. Several processes share the work by whole batches, so that these are the same for any number."""
+    own = processes.part(-(-len(files) // BATCH))
+    places = range(len(files))[own.start * BATCH : own.stop * BATCH]
+    with watch.progress(f"encoding {_all(what, files)}", len(places)) as done:
+        parts = features.encode(encoder, files, places, workers=settings.data.workers, done=done)
+        mine = features.in_memory(parts, len(places))
+    return features.joined(gather.everyone(mine))
 
 
 def _on_disk(

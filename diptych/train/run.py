@@ -285,10 +285,15 @@ def reopen(folder: Path) -> tuple[Settings, Built, dict[str, Any]]:
 
 def rebuild(folder: Path) -> tuple[Settings, Built]:
     """A run's settings, and the program that they lead to, with weights that are yet to be filled in."""
+    settings = _beside(folder, settings_of(folder))
+    return settings, build(settings, initialise=False)
+
+
+def settings_of(folder: Path) -> Settings:
+    """What a run was trained with."""
     if not (folder / "settings.yaml").is_file():
         raise UserError(f"{folder}: no run there (settings.yaml is missing); `diptych train` makes one")
-    settings = _beside(folder, config.load(str(folder / "settings.yaml")))
-    return settings, build(settings, initialise=False)
+    return config.load(str(folder / "settings.yaml"))
 
 
 def _beside(folder: Path, settings: Settings) -> Settings:

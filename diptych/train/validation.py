@@ -10,6 +10,7 @@ from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
 from diptych.evaluate.report import DIRECTIONS
 from diptych.evaluate.retrieval import KS
+from diptych.objectives import gather
 from diptych.train.moves import Moves
 from diptych.train.program import Program
 
@@ -28,7 +29,7 @@ class Validation:
         """Recall@1 of both directions by ITC, 0 to 1, and the mean of recall@1, 5 and 10 of both, by which checkpoints
         are compared."""
         self.program.eval()
-        with moves.in_use(self.program):
+        with moves.in_use(self.program), gather.alone():  # FSDP wants every process in every pass
             scores = galleries.similarities(self.model, self.gallery)
         self.program.train()
         found = galleries.by_itc(scores, self.gallery, draws=0)

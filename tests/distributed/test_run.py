@@ -32,9 +32,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 def spread(folder: Path, size: int, *more: str) -> subprocess.CompletedProcess[str]:
     """`diptych train` in `size` processes."""
+    return torchrun(folder, size, "train", *RUN, *more)
+
+
+def torchrun(folder: Path, size: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """`diptych WORDS` in `size` processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return subprocess.run(
-        [*command, "-m", "diptych", "train", *RUN, *more],
+        [*command, "-m", "diptych", *words],
         check=False,
         cwd=folder,
         capture_output=True,
@@ -52,7 +57,7 @@ def home(tmp_path_factory) -> Path:
     except UserError as absent:
         pytest.skip(f"{absent}; a run needs weights to start from")
     folder = tmp_path_factory.mktemp("home")
-    drawn = ("--train", "30", "--val", "4", "--test", "4", "--unseen", "4", "--size", "32")
+    drawn = ("--train", "30", "--val", "4", "--test", "70", "--unseen", "4", "--size", "32")
     assert process(folder, "data", "scenes", "pictures", *drawn).returncode == 0
     trained = process(folder, "train", *RUN, "out=one")
     assert trained.returncode == 0, trained.stderr
@@ -99,6 +104,21 @@ def test_a_rank_that_meets_a_bad_picture_and_an_objective_that_is_off_hold_nobod
     faults = skipped.read(home / "holed")
     assert [type(fault) for fault in faults] == [Fault] and bad.name in faults[0].message
     assert "left out, 1 in all" in made.stdout
+
+
+def test_an_evaluation_is_shared_out_to_the_same_results(home):
+    """70 pictures are three batches of the encoder and of captions, and some fifteen of pairs to be re-ranked."""
+    run = home / "evaluated"
+    shutil.copytree(home / "one", run)
+    settings = (run / "settings.yaml").read_text()
+    (run / "settings.yaml").write_text(settings.replace("cache: disk", "cache: memory"))
+    found = []
+    for size in (1, 3):
+        told = torchrun(home, size, "eval", str(run))
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.count("report: ") == told.stdout.count("ranked by ITC") == 1
+        found.append((run / "results.json").read_text())
+    assert found[0] == found[1]
 
 
 def test_what_several_processes_cannot_do_is_one_line(home):
