@@ -19,7 +19,7 @@ from diptych.core import attention
 from diptych.core.dropout import Dropout
 from diptych.data.pairs import PairBatch
 from diptych.train.build import build
-from diptych.train.cost import image_cost, random_batch
+from diptych.train.cost import image_flops, random_batch
 from diptych.train.loop import autocast, precision
 from diptych.train.program import Program
 
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     settings = config.load(chosen.recipe[0], chosen.recipe[1:])
     program = build(settings, initialise=False).program.train()
-    seen, _, _ = image_cost(program.image_encoder)
+    seen, _ = image_flops(program.image_encoder)
     batch = random_batch(program, seen, chosen.tokens, settings.train.batch)
     dtype = precision(settings.train.precision, torch.device("cpu"))
 

@@ -122,22 +122,26 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     if not as_json:
         click.echo(config.dump(chosen))
     from diptych.data.readers.source import is_here
+    from diptych.train import room
     from diptych.train.build import splits
     from diptych.train.cost import cost
 
     path = chosen.data.path
     has_data = path is not None and is_here(Path(path).expanduser())
-    found = cost(chosen, splits(chosen)["train"] if has_data else None)
+    records = splits(chosen)["train"] if has_data else None
+    found, there = cost(chosen, records), room.memory()
+    turns = room.ways(chosen, records, found, there)
     if as_json:
         from dataclasses import asdict
 
         figures = {**asdict(found), "flops_of_a_step": found.step, "bytes_in_all": found.total}
+        figures |= {"bytes_there": there, "turns": {" ".join(typed): total for typed, total in turns.items()}}
         click.echo(json.dumps({"settings": chosen.model_dump(mode="json"), "cost": figures}, indent=1))
         return
     if not has_data:
         where = f"data.path={chosen.data.path} is not there yet" if chosen.data.path else "no data.path is given"
         click.echo(f"{where}: captions are taken to be as long as may be\n")
-    for line in cost_lines(found):
+    for line in [*cost_lines(found), *room_lines(turns, there)]:
         click.echo(line)
 
 
@@ -160,6 +164,17 @@ def cost_lines(cost: Cost) -> list[str]:
         one = _scaled(2 * tokens * width, "B")
         lines.append(f"  {'features, a picture':<26}{one:>14}  {tokens} × {width}; give data.path for all")
     lines.append(f"  {'in all':<26}{_scaled(cost.total, 'B'):>14}  Python and its libraries come on top")
+    return lines
+
+
+def room_lines(turns: dict[tuple[str, ...], int], there: int) -> list[str]:
+    """What to turn where a step does not fit into the memory that is there, for 80 columns."""
+    if not turns:
+        return []
+    lines = ["", f"That is too much for the {_scaled(there, 'B')} of this machine. The same model in less memory:"]
+    lines += [f"  {' '.join(typed):<60}{_scaled(total, 'B'):>14}" for typed, total in turns.items()]
+    if min(turns.values()) > there:
+        lines.append("None is enough: turn train.batch down, or take a smaller model.")
     return lines
 
 

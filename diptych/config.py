@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -203,6 +204,14 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     for override in overrides:
         _put(tree, override)
     return parse(tree, recipe)
+
+
+def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """The same settings but for `overrides`, as `load` takes them."""
+    tree = settings.model_dump(mode="json")
+    for override in overrides:
+        _put(tree, override)
+    return parse(tree, "settings")
 
 
 def parse(tree: Any, where: str) -> Settings:

@@ -8,7 +8,8 @@ message alone, without a traceback, and exits with a code other than 0. Anything
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -19,3 +20,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`'; did you mean X?'` for the known word nearest to `word`, or `''` when none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextmanager
+def of_hub(name: str) -> Iterator[None]:
+    """Inside, whatever keeps `name` of the Hugging Face hub away is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises a score of kinds, from its own and from its transport's
+        why = f"no such file or folder, and none from the hub ({type(error).__name__})"
+        raise UserError(f"{name}: {why}; check the name and the network, or give a folder") from error

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.checkpoints.rules import Table, reason
-from diptych.errors import UserError
+from diptych.errors import UserError, of_hub
 from diptych.models.vision import stretch
 
 # What a folder's weights may be called, the best first; an index names the files that its tensors lie in.
@@ -96,10 +96,8 @@ def find(path: str | Path) -> Path:
         return here
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         raise UserError(f"{path}: no such file or folder")
-    try:
+    with of_hub(str(path)):
         return _from_hub(str(path))
-    except Exception as error:  # the hub's client raises a score of kinds, from its own and from its transport's
-        raise UserError(f"{path}: no such file or folder, and none from the hub ({type(error).__name__})") from error
 
 
 def _from_hub(name: str) -> Path:

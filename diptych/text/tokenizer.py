@@ -17,7 +17,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from diptych.errors import UserError
+from diptych.errors import UserError, of_hub
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, ENCODE = "[DEC]", "[ENC]"  # BLIP's: a text to be written, a text to be matched
@@ -65,7 +65,9 @@ class Tokenizer:
             raise UserError(f"{path}: no tokenizer there (tokenizer.json or vocab.txt is wanted)")
         from huggingface_hub import hf_hub_download
 
-        return cls(Rust.from_file(hf_hub_download(str(path), "tokenizer.json")), added)
+        with of_hub(str(path)):
+            file = hf_hub_download(str(path), "tokenizer.json")
+        return cls(Rust.from_file(file), added)
 
     def trimmed(self, texts: Iterable[str]) -> tuple[Tokenizer, Tensor]:
         """A tokenizer that knows the pieces of `texts` alone, and the ids (n,) that its first n pieces had here.

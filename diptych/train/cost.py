@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.config import Encoder, Settings
+from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
 from diptych.data.records import Record
@@ -26,7 +27,8 @@ from diptych.objectives import gather
 from diptych.text.tokenizer import Tokenizer
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
-from diptych.train.loop import autocast, precision
+from diptych.train.live import Live, read_on
+from diptych.train.loop import autocast, device, precision
 from diptych.train.programs import Stage1, rows_of
 
 MEASURED = 2  # pictures of the batch that is run; every part of a step but the similarities grows with rows alone
@@ -54,9 +56,10 @@ class Cost:
 
     parameters: by part. image: FLOPs of one picture through the image encoder, backward too where it is trained; they
     fall in every step, or once a picture where features are kept (`is_kept`). flops: by objective, forward and
-    backward, without the image encoder; and of what chunks (`train.accumulate`) encode again. memory: bytes by what
-    they are for; `features` of all pictures is among them where data are known. A multiplication and an addition are
-    two FLOPs; the optimizer's are not counted.
+    backward, without the image encoder; and of what chunks (`train.accumulate`) encode again. What blocks recompute
+    (`train.checkpoint_last`) counts where it is recomputed. memory: bytes by what they are for; activations are all
+    that a step makes and lets go, at their most, and `features` of all pictures is among them where data are known. A
+    multiplication and an addition are two FLOPs; the optimizer's are not counted.
     """
 
     batch: int
@@ -84,9 +87,9 @@ def work(program: Stage1, batch: int, tokens: int, is_kept: bool) -> int:
     """FLOPs of a step of a program at hand, counted by steps of a few random pictures, in this process alone. tokens:
     of a caption; is_kept: whether features are. What blocks recompute for memory's sake counts where they do so
     already. Draws from torch's generator."""
-    seen, image, _ = image_cost(program.image_encoder)
+    seen, image = image_flops(program.image_encoder)
     with gather.alone():
-        flops, _ = step_cost(program, seen, tokens, batch, torch.float32)
+        flops = step_flops(program, seen, tokens, batch)
     return sum(flops.values()) + (0 if is_kept else image * batch)
 
 
@@ -94,31 +97,39 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
     """What a step of `settings` takes. records: of the training split, for captions' length and the features' size;
     without them captions are as long as they may be, and no vocabulary is trimmed. built: what the settings build, when
     that is there already."""
-    if built is None:
-        texts = [text for record in records or () for text in record.captions]
-        built = build(settings, initialise=False, encoder=_weightless(settings.image_encoder), texts=texts)
+    built = built or to_count(settings, records)
     program, is_kept = built.program, settings.data.cache != "none"
     batch = settings.train.batch
     if records:
-        rows = len(records) if settings.data.captions == "one" else sum(len(r.captions) for r in records)
-        batch = min(batch, rows)
+        batch = min(batch, len(records) if settings.data.captions == "one" else sum(len(r.captions) for r in records))
     tokens = caption_tokens(built.tokenizer, records, settings.data.max_tokens)
-    seen, image, kept = image_cost(program.image_encoder)
-    dtype = precision(settings.train.precision, torch.device("cpu"))
-    flops, activations = step_cost(program, seen, tokens, batch, dtype)
-    if not is_kept:
-        activations += kept * batch
+    seen, image = image_flops(program.image_encoder)
+    dtype = precision(settings.train.precision, device())
     chunks = min(settings.train.accumulate, batch)
+    rows = math.ceil(batch / chunks)
+    with _recomputing(program.model.qformer.stack, settings.train.checkpoint_last):
+        flops = step_flops(program, seen, tokens, batch)
+        activations = step_memory(program, seen, tokens, rows, dtype, chunks > 1)
+    if not is_kept:
+        kept, most = image_memory(program.image_encoder, rows)
+        activations = max(activations + kept, most)
     if chunks > 1:
-        activations = round(activations * math.ceil(batch / chunks) / batch)
-        flops["encoding again"] = encoding_flops(program, seen, tokens, batch, dtype)
+        waiting = math.prod(seen) + (0 if is_kept else 3 * program.image_encoder.spec.size**2)
+        activations += 4 * (batch - rows) * waiting  # float32
+        flops["encoding again"] = encoding_flops(program, seen, tokens, batch)
         if not is_kept:
             image += image if is_frozen(program.image_encoder) else image // 3  # of a forward and a backward pass
-    memory = state_memory(program) | {"activations": activations}
+    memory = state_memory(program, settings.train.ema > 0) | {"activations": activations}
     if settings.data.cache == "memory" and records:
         memory["features"] = features_bytes(len(records) * settings.data.views, *seen)
     name = str(dtype).removeprefix("torch.")
     return Cost(batch, tokens, seen, is_kept, name, parameters(program), image, flops, memory)
+
+
+def to_count(settings: Settings, records: list[Record] | None = None) -> Built:
+    """What the settings build, for counting alone. records: of the training split, where a vocabulary is trimmed."""
+    texts = [text for record in records or () for text in record.captions]
+    return build(settings, initialise=False, encoder=_weightless(settings.image_encoder), texts=texts)
 
 
 def _weightless(chosen: Encoder) -> nn.Module:
@@ -138,12 +149,32 @@ def parameters(program: nn.Module) -> dict[str, Count]:
     return {part: Count(*numbers) for part, numbers in found.items()}
 
 
-def state_memory(program: nn.Module) -> dict[str, int]:
-    """Bytes of weights (buffers too), of the gradients of what is trained, and of AdamW's two moments."""
-    held = [*program.parameters(), *program.buffers()]
-    trained = sum(p.numel() * p.element_size() for p in program.parameters() if p.requires_grad)
-    weights = sum(t.numel() * t.element_size() for t in held)
-    return {"weights": weights, "gradients": trained, "AdamW's moments": 2 * trained}
+@contextmanager
+def _recomputing(stack: Stack, blocks: int) -> Iterator[None]:
+    """Within, the last blocks recompute their inside in the backward pass."""
+    before, stack.checkpoint_last = stack.checkpoint_last, blocks
+    try:
+        yield
+    finally:
+        stack.checkpoint_last = before
+
+
+def state_memory(program: nn.Module, is_averaged: bool = False) -> dict[str, int]:
+    """Bytes of weights (buffers too), of the gradients of what is trained, of AdamW's two moments, and of the moving
+    average where there is one."""
+    trained = trained_bytes(program)
+    weights = sum(t.numel() * t.element_size() for t in held(program))
+    average = {"moving average": trained} if is_averaged else {}
+    return {"weights": weights, "gradients": trained, "AdamW's moments": 2 * trained, **average}
+
+
+def held(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def trained_bytes(module: nn.Module) -> int:
+    """Of the weights that are trained, and so of their gradients."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def features_bytes(pictures: int, tokens: int, width: int) -> int:
@@ -158,20 +189,33 @@ def caption_tokens(tokenizer: Tokenizer, records: list[Record] | None, longest: 
     return round(statistics.mean(map(len, tokenizer.rows(texts, longest)))) if texts else longest
 
 
-def image_cost(encoder: nn.Module | None) -> tuple[tuple[int, int], int, int]:
-    """(N, D) of a picture's tokens, and of one picture the FLOPs and the bytes kept for the backward pass (both 0 for
-    it where the encoder is frozen). Measured on meta tensors, which compute nothing."""
+def image_flops(encoder: nn.Module | None) -> tuple[tuple[int, int], int]:
+    """(N, D) of a picture's tokens, and the FLOPs of one picture, backward too where the encoder is trained."""
     if encoder is None:
         raise ValueError("a program without an image encoder has no picture to count")
-    side, is_trained = encoder.spec.size, not is_frozen(encoder)
-    with _meta(encoder), torch.set_grad_enabled(is_trained), FlopCounterMode(display=False) as counter:
-        pixels = torch.empty((1, 3, side, side), device="meta")
-        with Saved(encoder) as saved:
-            tokens = encoder(pixels).tokens
-        if is_trained:
+    with _meta(encoder), torch.set_grad_enabled(not is_frozen(encoder)), FlopCounterMode(display=False) as counter:
+        tokens = encoder(_pixels(encoder, 1)).tokens
+        if tokens.requires_grad:
             tokens.sum().backward()
-            encoder.zero_grad(set_to_none=True)
-    return (tokens.shape[1], tokens.shape[2]), counter.get_total_flops(), saved.bytes
+    return (tokens.shape[1], tokens.shape[2]), counter.get_total_flops()
+
+
+def image_memory(encoder: nn.Module, rows: int) -> tuple[int, int]:
+    """Bytes that `rows` pictures, and what is kept of them for a backward pass, take while the rest of a step is
+    computed, without the tokens that come out; and bytes that they take at most. Both beside weights and gradients."""
+    with _meta(encoder), torch.set_grad_enabled(not is_frozen(encoder)), Live(held(encoder)) as live:
+        pixels = _pixels(encoder, rows)
+        tokens = encoder(pixels).tokens
+        kept = live.bytes - tokens.untyped_storage().nbytes()
+        if tokens.requires_grad:
+            tokens.sum().backward()
+    return kept, max(live.after) - trained_bytes(encoder)
+
+
+def _pixels(encoder: nn.Module, rows: int) -> Tensor:
+    """Pictures that are nothing but shapes."""
+    side = encoder.spec.size
+    return torch.empty((rows, 3, side, side), device="meta")
 
 
 @contextmanager
@@ -196,72 +240,81 @@ def _meta(module: nn.Module) -> Iterator[None]:
             place[name] = tensor
 
 
-class Saved:
-    """Bytes of the tensors kept for a backward pass inside the block, a storage once, weights aside."""
-
-    def __init__(self, module: nn.Module):
-        held = [*module.parameters(), *module.buffers()]
-        self.seen = {t.untyped_storage()._cdata for t in held}
-        self.kept: list[Tensor] = []  # so that no storage is given away, and seen again as another
-        self.bytes = 0
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.kept.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> Self:
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.hooks.__exit__(*exc)
-
-
-def step_cost(
-    program: Stage1, seen: tuple[int, int], tokens: int, batch: int, dtype: torch.dtype
-) -> tuple[dict[str, int], int]:
-    """FLOPs by objective, and bytes of activations, of a step after the image encoder: measured at a few rows, forward
-    and backward, and scaled to `batch`. The first objective's FLOPs include what all share: both encodings.
+def step_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int) -> dict[str, int]:
+    """By objective, of a step after the image encoder: measured at a few rows, forward and backward, and scaled to
+    `batch`. The first objective's include what all share: both encodings.
     """
-    before, on = program.objectives, program.objectives
+    on = program.objectives
     named = [name for name in OBJECTIVES if getattr(on, name)]
     small = min(MEASURED, batch)
-    rows = random_batch(program, seen, tokens, small).to(next(program.model.parameters()).device)
+    rows = random_batch(program, seen, tokens, small)
     share = {"itc": 1.0, "itm": on.matching_share, "lm": on.captioning_share}
     flops: dict[str, int] = {}
-    bytes_kept, last = 0.0, (0, 0)
-    was_training = program.training
-    program.train()
-    try:
+    last = 0
+    with _training(program):
         for count, name in enumerate(named):
             chosen = {other: float(other in named[: count + 1]) for other in OBJECTIVES}
             program.objectives = replace(on, **chosen, matching_share=1.0, captioning_share=1.0)
-            measured = _measure(program, rows, dtype)
+            with FlopCounterMode(display=False) as counter:
+                _backward(program, rows, torch.float32)
             factor = batch / small if not count else len(rows_of(share[name], 0, batch)) / small
-            flops[OBJECTIVES[name]] = round((measured[0] - last[0]) * factor)
-            bytes_kept += (measured[1] - last[1]) * factor
-            last = measured
-    finally:
-        program.objectives = before
-        program.zero_grad(set_to_none=True)
-        program.train(was_training)
+            flops[OBJECTIVES[name]] = round((counter.get_total_flops() - last) * factor)
+            last = counter.get_total_flops()
     flops[OBJECTIVES[named[0]]] += similarity_flops(program, batch) - round(
         similarity_flops(program, small) * batch / small
     )
-    return flops, round(bytes_kept)
+    return flops
 
 
-def encoding_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int, dtype: torch.dtype) -> int:
+def step_memory(
+    program: Stage1, seen: tuple[int, int], tokens: int, rows: int, dtype: torch.dtype, goes_on: bool
+) -> int:
+    """Bytes that a step after the image encoder takes at most, its pictures' tokens among them, beside the weights and
+    their gradients. goes_on: whether gradients are there already, as of chunks before this one."""
+
+    def alive(count: int) -> list[int]:
+        gradients = []
+        if goes_on:
+            _backward(program, random_batch(program, seen, tokens, count), dtype)
+            gradients = [p.grad for p in program.parameters() if p.grad is not None]
+        else:
+            program.zero_grad(set_to_none=True)
+        with Live([*held(program), *gradients]) as live:
+            _backward(program, random_batch(program, seen, tokens, count), dtype)
+        return live.after
+
+    on = program.objectives
+    few = min(16, max(4, math.ceil(1 / min(on.matching_share, on.captioning_share))))
+    with _training(program):
+        most = read_on(alive, rows, few)
+    return most if goes_on else max(most - trained_bytes(program.model), 0)
+
+
+def _backward(program: Stage1, rows: PairBatch, dtype: torch.dtype) -> None:
+    with warnings.catch_warnings(), autocast(dtype, rows.ids.device):
+        warnings.simplefilter("ignore")
+        loss = program(rows)["loss"]
+    loss.backward()
+
+
+@contextmanager
+def _training(program: Stage1) -> Iterator[None]:
+    """Within it is in training mode; afterwards as it was before, and without gradients."""
+    was_training, objectives = program.training, program.objectives
+    program.train()
+    try:
+        yield
+    finally:
+        program.objectives = objectives
+        program.zero_grad(set_to_none=True)
+        program.train(was_training)
+
+
+def encoding_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int) -> int:
     """Of `Program.encode` after the image encoder, forward alone: measured at a few rows."""
     small = min(MEASURED, batch)
-    rows = random_batch(program, seen, tokens, small)
-    with FlopCounterMode(display=False) as counter, autocast(dtype, torch.device("cpu")):
-        program.encode(rows)
+    with FlopCounterMode(display=False) as counter:
+        program.encode(random_batch(program, seen, tokens, small))
     return round(counter.get_total_flops() * batch / small)
 
 
@@ -271,16 +324,6 @@ def similarity_flops(program: Stage1, batch: int) -> int:
     return 2 * 3 * 2 * batch * batch * config.qformer.queries * config.embed
 
 
-def _measure(program: Stage1, rows: PairBatch, dtype: torch.dtype) -> tuple[int, int]:
-    """FLOPs and saved bytes of one step."""
-    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Saved(program) as saved, autocast(dtype, rows.ids.device):
-            losses = program(rows)
-        losses["loss"].backward()
-    return counter.get_total_flops(), saved.bytes
-
-
 def random_batch(program: Stage1, seen: tuple[int, int], tokens: int, rows: int, seed: int = 0) -> PairBatch:
     """`rows` pictures' tokens and captions, drawn at random; no two rows are the same picture."""
     draw = torch.Generator().manual_seed(seed)
@@ -288,4 +331,5 @@ def random_batch(program: Stage1, seen: tuple[int, int], tokens: int, rows: int,
     ids = torch.randint(0, words, (rows, tokens), generator=draw)
     names = torch.arange(rows)
     pictures = ImageTokens(torch.randn((rows, *seen), generator=draw), (0, 0))
-    return PairBatch(ids, torch.ones_like(ids), names, names, tokens=pictures.tokens)
+    batch = PairBatch(ids, torch.ones_like(ids), names, names, tokens=pictures.tokens)
+    return batch.to(next(program.model.parameters()).device)

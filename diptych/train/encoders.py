@@ -10,7 +10,7 @@ from torch import nn
 from diptych import checkpoints, config
 from diptych.checkpoints import io, lavis, starter
 from diptych.core.surgery import freeze
-from diptych.errors import UserError
+from diptych.errors import UserError, of_hub
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionTransformer
 
 # As BLIP-2 uses them
@@ -68,10 +68,14 @@ def _hugging_face(folder: str, chosen: config.Encoder) -> HFEncoder:
 
     if not Path(folder).is_dir() and folder.count("/") != 1:
         raise UserError(f"image_encoder.name: {folder} is neither a folder nor a hub id")
-    model = AutoModel.from_pretrained(folder)
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise UserError(f"{folder}: no Hugging Face model there (config.json is missing)")
+    with of_hub(folder):
+        model = AutoModel.from_pretrained(folder)
+        figures = AutoImageProcessor.from_pretrained(folder)
+        size = chosen.size or getattr(AutoConfig.from_pretrained(folder), "image_size", None)
     model = getattr(model, "vision_model", model)
-    figures = AutoImageProcessor.from_pretrained(folder)
-    size = chosen.size or getattr(AutoConfig.from_pretrained(folder), "image_size", None) or model.config.image_size
+    size = size or model.config.image_size
     return HFEncoder(model, ImageSpec(size, tuple(figures.image_mean), tuple(figures.image_std)))
 
 

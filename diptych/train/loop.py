@@ -43,6 +43,11 @@ class Step:
     skipped: str | None = None
 
 
+def device() -> torch.device:
+    """Where this machine trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def precision(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the machine has instructions for it, else float32 (bfloat16 would be emulated)."""
     if wanted != "auto":

@@ -29,6 +29,7 @@ from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
 from diptych.train.features import encoded, pictures
 from diptych.train.health import Health
+from diptych.train.loop import device
 from diptych.train.meter import Meter, peak
 from diptych.train.moves import moves_of
 from diptych.train.parallel import spread
@@ -56,10 +57,6 @@ FREE = (
     "train.trackers",
 )
 UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(settings: Settings, watch: Watch | None = None, resume: bool = False) -> Path:

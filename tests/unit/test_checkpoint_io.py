@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from diptych import checkpoints
 from diptych.checkpoints import io
 from diptych.checkpoints.rules import Rule, Square, Table, leading
+from diptych.config import Encoder
 from diptych.errors import UserError
+from diptych.text.tokenizer import Tokenizer
+from diptych.train.encoders import image_encoder
 
 TABLE = Table((Rule("dense.{p}", "{p}"),), prefixes=("", "bert."))
 
@@ -116,12 +119,17 @@ def test_what_can_not_be_read_is_one_line(kind, said, tmp_path):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_a_hub_id_off_the_network_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    "asked",
+    [io.read, Tokenizer.load, lambda name: image_encoder(Encoder(name=f"hf:{name}"))],
+    ids=["weights", "words", "tower"],
+)
+def test_a_hub_id_off_the_network_is_one_line(monkeypatch, asked):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="^nobody/has-this: no such file or folder, and none from the hub") as caught:
-        io.read("nobody/has-this")
+        asked("nobody/has-this")
     assert "\n" not in str(caught.value)
 
 

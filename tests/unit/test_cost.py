@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from diptych.data.records import Record
 from diptych.text.tokenizer import Tokenizer
 from diptych.train import cost as costs
 from diptych.train.build import Built, build
-from diptych.train.cost import Saved, cost, image_cost, parameters, random_batch, step_cost
+from diptych.train.cost import cost, image_flops, image_memory, parameters, random_batch, step_flops, step_memory
+from diptych.train.live import Live, read_on
 
 SHAPE = {"width": 24, "layers": 2, "heads": 2, "patch": 8, "mlp": 48}
 
@@ -42,14 +44,12 @@ def settings(folder: Path, words: int = 200, **overrides: object) -> Settings:
 
 
 def real_step(built: Built, rows: int, tokens: int, seen: tuple[int, int]) -> tuple[int, int]:
-    """FLOPs and saved bytes of a whole step at `rows` pictures, run."""
-    batch = random_batch(built.program, seen, tokens, rows)
+    """FLOPs of a whole step at `rows` pictures, run, and the most bytes alive beside weights and gradients."""
     built.program.train()
-    with FlopCounterMode(display=False) as counter:
-        with Saved(built.program) as saved:
-            losses = built.program(batch)
-        losses["loss"].backward()
-    return counter.get_total_flops(), saved.bytes
+    with Live(costs.held(built.program)) as live, FlopCounterMode(display=False) as counter:
+        built.program(random_batch(built.program, seen, tokens, rows))["loss"].backward()
+    built.program.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), max(live.after) - costs.trained_bytes(built.program)
 
 
 def test_parameters_by_part_add_up(tmp_path):
@@ -66,22 +66,23 @@ def test_parameters_by_part_add_up(tmp_path):
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (0.25, 0.5)])
-def test_a_step_scaled_from_two_rows_is_the_step(tmp_path, shares):
+def test_a_step_scaled_from_few_rows_is_the_step(tmp_path, shares):
     built = build(
         settings(tmp_path, objectives__matching_share=shares[0], objectives__captioning_share=shares[1]),
         initialise=False,
     )
-    flops, kept = step_cost(built.program, (17, 24), 9, 16, torch.float32)
-    wanted_flops, wanted_kept = real_step(built, 16, 9, (17, 24))
+    flops = step_flops(built.program, (17, 24), 9, 32)
+    most = step_memory(built.program, (17, 24), 9, 32, torch.float32, goes_on=False)
+    wanted_flops, wanted_most = real_step(built, 32, 9, (17, 24))
     assert sum(flops.values()) == pytest.approx(wanted_flops, rel=0.03)
-    assert kept == pytest.approx(wanted_kept, rel=0.06)
+    assert most == pytest.approx(wanted_most, rel=0.03)
     assert list(flops) == ["pictures, texts and ITC", "ITM", "LM"] and all(flops.values())
 
 
 def test_similarities_grow_as_the_square_of_the_batch(tmp_path):
     """With many queries and a wide embedding they are much of a step, and are still right."""
     built = build(settings(tmp_path, qformer__queries=16, qformer__embed=256, objectives__lm=0), initialise=False)
-    flops, _ = step_cost(built.program, (17, 24), 5, 64, torch.float32)
+    flops = step_flops(built.program, (17, 24), 5, 64)
     wanted, _ = real_step(built, 64, 5, (17, 24))
     assert costs.similarity_flops(built.program, 64) > wanted / 8  # far more than the tolerance below
     assert sum(flops.values()) == pytest.approx(wanted, rel=0.03)
@@ -112,18 +113,21 @@ def test_counting_changes_nothing(tmp_path):
 def test_a_tower_is_counted_as_by_hand():
     """Two FLOPs a multiplication and addition: patches, and per block q, k, v, o, scores, values and feed-forward."""
     chosen = Encoder.model_validate({"name": "eva", "size": 32, "shape": SHAPE})
-    (tokens, width), flops, kept = image_cost(costs._weightless(chosen))
+    tower = costs._weightless(chosen)
+    (tokens, width), flops = image_flops(tower)
     d, n, m = 24, 1 + (32 // 8) ** 2, 48
     patches = 2 * 16 * d * 3 * 8 * 8
     block = 2 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-    assert (tokens, width) == (n, d) and flops == patches + 2 * block and kept == 0
+    assert (tokens, width) == (n, d) and flops == patches + 2 * block
+    kept, most = image_memory(tower, rows=5)
+    assert kept == 5 * 4 * 3 * 32 * 32 and kept < most < 3 * kept  # frozen: the pictures, and what is being computed
 
 
 def test_a_large_tower_is_counted_without_being_made():
     encoder = costs._weightless(Encoder(name="eva", weights="a file that is not there"))
     assert all(p.is_meta for p in encoder.parameters())
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(986e6, rel=1e-3)  # LAVIS's README: 986 M
-    (tokens, width), flops, _ = image_cost(encoder)
+    (tokens, width), flops = image_flops(encoder)
     assert (tokens, width) == (257, 1408) and flops == pytest.approx(2 * 260e9, rel=0.05)
 
 
@@ -142,9 +146,47 @@ def test_chunks_take_less_memory_and_encode_again(tmp_path):
     one, four = (settings(tmp_path, train__accumulate=count) for count in ("1", "4"))
     built = build(one)
     whole, parts = cost(one, built=built), cost(four, built=built)
-    assert parts.memory["activations"] == round(whole.memory["activations"] / 4)
+    assert whole.memory["activations"] / 4 < parts.memory["activations"] < whole.memory["activations"] / 2
     again = parts.flops.pop("encoding again")
     assert parts.flops == whole.flops and 0 < 2 * again < whole.flops["pictures, texts and ITC"]
+
+
+def test_what_is_recomputed_is_kept_a_block_at_a_time_and_counted_again(tmp_path):
+    """And the average of the weights is paid for."""
+    four = {"qformer__layers": 4, "train__batch": 16}
+    plain, spare = (settings(tmp_path, **four, train__checkpoint_last=k, train__ema=k / 8) for k in (0, 4))
+    built = build(plain)
+    whole, less = cost(plain, built=built), cost(spare, built=built)
+    assert whole.memory["activations"] / 4 < less.memory["activations"] < whole.memory["activations"] / 2
+    assert whole.step < less.step < 4 / 3 * whole.step
+    assert less.memory["moving average"] == less.memory["gradients"] and "moving average" not in whole.memory
+    assert built.program.model.qformer.stack.checkpoint_last == 0
+
+
+def test_bytes_are_read_on_in_a_line_from_few_rows():
+    """Each operation by its own, for another one may be the largest at other rows."""
+    asked = []
+
+    def measure(rows: int) -> list[int]:
+        asked.append(rows)
+        return [100, 30 * rows, 7 * rows + 40]
+
+    assert read_on(measure, 50, 2) == 1500 and asked == [2, 4]
+    assert read_on(measure, 3, 2) == 100 and asked[2:] == [3]
+    assert read_on(lambda rows: [rows] * rows, 50, 2) == 50  # others at other rows: in proportion
+
+
+def test_what_is_alive_is_counted_once_and_until_it_is_gone():
+    held = torch.zeros(100)
+    with Live([held]) as live:
+        made = torch.ones(4)
+        view = made.view(2, 2).add_(1)
+        held.mul_(2)
+        del made
+        other = view + 1
+        del view
+        torch.ones(1)
+    assert other.shape == (2, 2) and live.after == [16, 16, 16, 16, 32, 20]
 
 
 def test_data_bound_the_captions_the_batch_and_the_features(tmp_path):
@@ -172,6 +214,7 @@ def kilobytes(what):
 def steps(settings, count):
     built = build(settings, initialise=False)
     program = built.program.train()
+    program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
     moves = optimizer(program, 1e-4, (0.9, 0.98), 0.05)
     batch = costs.random_batch(program, (17, 24), settings.data.max_tokens, settings.train.batch)
     for _ in range(count):
@@ -189,15 +232,18 @@ print(json.dumps([1024 * (kilobytes("VmHWM") - before), costs.cost(settings, bui
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc")
-def test_predicted_memory_is_what_a_process_grows_by(tmp_path):
-    """A model of 13 million parameters, in a process of its own; within 30 %."""
-    larger = {"qformer__width": 256, "qformer__heads": 4, "qformer__layers": 3, "train__batch": 16}
+@pytest.mark.parametrize("recomputed", [0, 3])
+def test_predicted_memory_is_what_a_process_grows_by(tmp_path, recomputed):
+    """A model of 13 million parameters, in a process of its own; within 15 %."""
+    shape = {"qformer__width": 256, "qformer__heads": 4, "qformer__layers": 3}
+    larger = {**shape, "train__batch": 96, "train__checkpoint_last": recomputed}
     small = settings(tmp_path, words=12_000)
     chosen = settings(tmp_path, words=12_000, data__max_tokens=16, **larger)
     given = [json.dumps(s.model_dump(mode="json")) for s in (small, chosen)]
     command = [sys.executable, "-c", RESIDENT, *given]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives back what is freed, and keeps no holes
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=at_once)
     assert done.returncode == 0, done.stderr
     grown, predicted = json.loads(done.stdout)
     assert predicted > 200e6, "too small to stand out from the interpreter's own"
-    assert predicted == pytest.approx(grown, rel=0.3), f"{predicted / 1e6:.0f} MB predicted, {grown / 1e6:.0f} MB grown"
+    assert predicted == pytest.approx(grown, rel=0.15), f"{predicted / 1e6:.0f} MB, and {grown / 1e6:.0f} MB grown"
