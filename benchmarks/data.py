@@ -1,9 +1,11 @@
-"""Data on its way to a training step. Three measurements:
+"""Data on its way to a training step. Four measurements:
 
 python benchmarks/data.py shards PICTURES    pictures a second of one worker, from shards of 256-px JPEG to 224-px
                                              tensors, beside WebDataset's reader (to be installed for it), in turns
 python benchmarks/data.py memory             a million captions over shards: memory of a run's data over three epochs
 python benchmarks/data.py workers RECIPE …   a training's throughput with 0, 1 and 2 data workers, and the time it waits
+python benchmarks/data.py cached RECIPE …    an epoch's steps on features from the disk beside features in memory, and
+                                             beside pictures that are read and encoded in every step, in turns
 
 PICTURES: a data set whose training pictures are scaled to 256 px and packed. RECIPE …: as for `diptych train`.
 """
@@ -20,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -162,19 +165,46 @@ def workers(recipe: list[str], steps: int) -> None:
             settings = [f"data.workers={number}", f"train.steps={steps}", "train.save_every=0", f"out={run}"]
             subprocess.run([sys.executable, "-m", "diptych", "train", *recipe, *settings], check=True)
             rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][steps // 4 :]
-        seconds = [row["samples_per_second"] for row in rows]
-        waited = [row["waited"] for row in rows]
-        taken = math.fsum(row["waited"] for row in rows) / math.fsum(
-            batch_of(recipe) / row["samples_per_second"] for row in rows
-        )
-        print(f"{number} workers: {median(seconds):.1f} pictures/s, {taken:.1%} of the time waiting for data "
-              f"(longest wait {max(waited):.2f} s), {len(rows)} steps")  # fmt: skip
+        taken = [1 / row["samples_per_second"] for row in rows]
+        waited = math.fsum(row["waited"] * seconds for row, seconds in zip(rows, taken, strict=True))
+        print(f"{number} workers: {1 / median(taken):.1f} pictures/s, {waited / math.fsum(taken):.1%} of the time "
+              f"waiting for data, {len(rows)} steps")  # fmt: skip
 
 
-def batch_of(recipe: list[str]) -> int:
+def cached(recipe: list[str], steps: int, uncached: int, pairs: int) -> None:
     from diptych import config
+    from diptych.train import loop
+    from diptych.train.build import build, splits
+    from diptych.train.features import pictures
+    from diptych.train.moves import moves_of
+    from diptych.train.watch import Watch
 
-    return config.load(recipe[0], recipe[1:]).train.batch
+    settings = config.load(recipe[0], recipe[1:])
+    records = splits(settings)["train"]
+    built = build(settings, texts=[text for record in records for text in record.captions])
+    program, train = built.program, settings.train
+    moves = moves_of(program, train, loop.precision(train.precision, loop.device()))
+    with tempfile.TemporaryDirectory() as place:
+
+        def steps_on(cache: str) -> PairSteps:
+            asked = config.changed(settings, [f"data.cache={cache}", f"data.cache_folder={place}"])
+            kept, source = pictures(asked, program.image_encoder, records, Watch(Path(place)), [])
+            return PairSteps(kept, source, built.tokenizer, train.batch, max_tokens=settings.data.max_tokens)
+
+        sources = {cache: steps_on(cache) for cache in ("memory", "disk", "none")}
+
+        def seconds(cache: str, count: int) -> float:
+            began = time.perf_counter()
+            batches = sources[cache].read(0, count, settings.data.workers)
+            loop.run(program, moves, batches, train, count)
+            return (time.perf_counter() - began) / count
+
+        for cache, count in (("disk", steps), ("none", uncached)):
+            each = in_turns(partial(seconds, "memory", count), partial(seconds, cache, count), pairs)
+            spread = Spread.of(slow / fast for fast, slow in zip(*each, strict=True))
+            what = {"disk": "features from the disk", "none": "pictures encoded in every step"}[cache]
+            print(f"{what}: {spread.median:.3f} times the time of features in memory (quartiles {spread.lower:.3f} and "
+                  f"{spread.upper:.3f}, {pairs} pairs of {count} steps of {train.batch})")  # fmt: skip
 
 
 def main() -> None:
@@ -191,9 +221,16 @@ def main() -> None:
     three = kinds.add_parser("workers")
     three.add_argument("recipe", nargs="+")
     three.add_argument("--steps", type=int, default=40)
+    four = kinds.add_parser("cached")
+    four.add_argument("recipe", nargs="+")
+    four.add_argument("--steps", type=int, default=20, help="of each turn, on features")
+    four.add_argument("--uncached", type=int, default=2, help="of each turn, beside pictures")
+    four.add_argument("--pairs", type=int, default=6)
     chosen = vars(read_.parse_args())
-    torch.set_num_threads(1)
-    {"shards": shards, "memory": memory, "workers": workers}[chosen.pop("kind")](**chosen)
+    kind = chosen.pop("kind")
+    if kind != "cached":  # whose steps are a training's
+        torch.set_num_threads(1)
+    {"shards": shards, "memory": memory, "workers": workers, "cached": cached}[kind](**chosen)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diptych.aside import aside
 from diptych.checkpoints.rules import Table, reason
 from diptych.errors import UserError, of_hub
 from diptych.models.vision import stretch
@@ -135,7 +135,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a .safetensors file aside and renames it: a reader finds the old one or the new one, never a half."""
+    """Writes a .safetensors file: a reader finds the old one or the new one, never a half."""
     path = Path(path)
     seen: set[int] = set()
     whole: dict[str, Tensor] = {}
@@ -143,11 +143,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         tensor = tensor.detach().contiguous()
         whole[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(whole[name].untyped_storage().data_ptr())
-    aside = path.with_name(path.name + ".writing")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, aside, metadata={"format": "pt"})
-        os.replace(aside, path)
+        with aside(path) as file:
+            save_file(whole, file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written ({error})") from error

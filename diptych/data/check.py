@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from diptych.aside import aside
 from diptych.data.files import opened
 from diptych.data.pictures import BadPicture, decode
 from diptych.data.readers import load
@@ -147,17 +148,13 @@ def check(
 def write_clean(records: Mapping[str | None, Sequence[Record]], file: str | Path) -> None:
     """Writes records as JSON lines that `readers.read` takes, pictures by their absolute paths. records: by split, None
     where there is none. UserError where the file can't be written; none is then there."""
-    aside = Path(f"{file}.writing")
     try:
-        with aside.open("w", encoding="utf-8") as lines:
+        with aside(Path(file)) as made, made.open("w", encoding="utf-8") as lines:
             for split, chosen in records.items():
                 for record in chosen:
                     row = {"image": record.image, "captions": record.captions, "image_id": record.image_id}
                     lines.write(json.dumps(row | ({"split": split} if split else {}), ensure_ascii=False) + "\n")
-        aside.replace(file)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
         raise UserError(f"{file}: can't be written ({error.strerror})") from None
 
 

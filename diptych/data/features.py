@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych.data.pairs import Files, plain_errors
 from diptych.data.readers.faults import Fault
+from diptych.data.transforms import normalised
 
 BATCH = 32
 PIXELS = 4 * 224**2  # encoded at once on a CPU, whose caches the maps of more would leave (benchmarks/encoding.py)
@@ -57,7 +58,7 @@ def encode(
     """Image tokens of the pictures of the records at `places`, a batch at a time, in order. `done` hears how many have
     been looked at.
     """
-    device, looked = next(encoder.parameters()).device, 0
+    device, looked, spec = next(encoder.parameters()).device, 0, encoder.spec
     with plain_errors():
         for found in DataLoader(_Some(files, places), batch_size=batch, num_workers=workers, collate_fn=list):
             faults = [fault for _, fault in found if isinstance(fault, Fault)]
@@ -65,7 +66,8 @@ def encode(
             tokens = torch.empty(0, dtype=torch.bfloat16)
             if sound:
                 pixels = torch.stack([pixels for _, pixels in sound])
-                tokens = torch.cat([encoder(some.to(device)).tokens.bfloat16() for some in _at_once(pixels, device)])
+                parts = (normalised(some.to(device), spec) for some in _at_once(pixels, device))
+                tokens = torch.cat([encoder(part).tokens.bfloat16() for part in parts])
             yield Encoded(tokens.cpu(), [place for place, _ in sound], faults)
             looked += len(found)
             done(looked)

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from diptych.aside import SUFFIX, aside
 from diptych.data import files
 from diptych.data.pictures import BadPicture, decode
 from diptych.data.readers import read
@@ -107,20 +108,20 @@ def _pack_split(
 
 def _pack_shard(tar: Path, records: Sequence[Record], start: int, limits: Limits, skip: bool) -> Json:
     """Writes the shard that begins with record `start`, but none without a picture. Returns what the manifest says."""
-    aside = tar.with_name(f"{tar.name}.writing")
+    beside = tar.with_name(f"{tar.name}{SUFFIX}")
     try:
-        with aside.open("wb") as file:
+        with beside.open("wb") as file:
             shard = _fill(file, records, start, limits, skip)
             files.flush(file)
         if shard["pictures"]:
-            aside.replace(tar)
+            beside.replace(tar)
             files.index_of(str(tar))
     except OSError as error:
         told = f"can't be written ({error.strerror}); the shards before it are kept"
         raise UserError(f"{tar}: {told}: make room, and give the command again") from None
     finally:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     return shard
 
 
@@ -174,7 +175,7 @@ class _Manifest:
                 self.splits = json.loads(self.file.read_text("utf-8"))["splits"]
                 is_ours = all(isinstance(made["shards"], list) for made in self.splits.values())
             else:
-                is_ours = all(file.suffix == ".writing" for file in folder.iterdir())
+                is_ours = all(file.suffix == SUFFIX for file in folder.iterdir())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             is_ours = False
         if not is_ours:
@@ -198,15 +199,11 @@ class _Manifest:
         return not shard["pictures"] or (tar.is_file() and tar.stat().st_size == shard["bytes"])
 
     def save(self) -> None:
-        aside = self.file.with_name(f"{MANIFEST}.writing")
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            with aside(self.file) as made, made.open("w", encoding="utf-8") as file:
                 json.dump({"splits": self.splits}, file, indent=1)
                 files.flush(file)
-            aside.replace(self.file)
         except OSError as error:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
             told = f"can't be written ({error.strerror}): make room, or give another folder"
             raise UserError(f"{self.file}: {told}") from None
 

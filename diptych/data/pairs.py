@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class PairBatch:
     """Pictures and one caption each. Row r of `ids`, `mask` (b, T) describes picture r.
 
-    pixels (b, 3, h, w), or None with `tokens` (b, N, D) where features were made beforehand. image_id, caption_id (b,):
-    equal numbers mean the same picture, the same words. step, first_row: where in the run and in the global batch.
-    faults: of pictures that were to be among these and are left out.
+    pixels (b, 3, h, w) uint8, or floats that are normalised already; None with `tokens` (b, N, D) where features were
+    made beforehand. image_id, caption_id (b,): equal numbers mean the same picture, the same words. step, first_row:
+    where in the run and in the global batch. faults: of pictures that were to be among these and are left out.
     """
 
     ids: Tensor

@@ -1,4 +1,7 @@
-"""Pictures to what an encoder wants."""
+"""Pictures to what an encoder wants: of its size in whatever process reads them, normalised where the encoder is.
+
+Between the two a picture is bytes, which are a quarter of what has to be moved otherwise.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 from diptych.models.vision import ImageSpec
 
@@ -25,15 +29,22 @@ VIEWS = (
 
 
 def transform(spec: ImageSpec) -> Transform:
-    """PIL picture → (3, size, size) float32, scaled and normalised as `spec` says."""
+    """PIL picture → (3, size, size) uint8, scaled as `spec` says."""
     mode = InterpolationMode(spec.interpolation)
     if spec.fit == "squash":
         shape = [v2.Resize((spec.size, spec.size), mode, antialias=True)]
     else:
         short = round(spec.size / spec.crop_share)
         shape = [v2.Resize(short, mode, antialias=True), v2.CenterCrop(spec.size)]
-    tail = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(spec.mean, spec.std)]
-    return v2.Compose([*shape, *tail])
+    return v2.Compose([*shape, v2.PILToTensor()])
+
+
+def normalised(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """What an encoder of `spec` takes, float32, of pixels (…, 3, H, W) uint8. Others are so already, and stay."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    floats = functional.to_dtype(pixels, torch.float32, scale=True)
+    return functional.normalize(floats, [*spec.mean], [*spec.std], inplace=True)
 
 
 def views(spec: ImageSpec, number: int) -> list[Transform]:

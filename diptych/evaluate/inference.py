@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
 from diptych.data.pictures import as_rgb, open_picture
-from diptych.data.transforms import transform
+from diptych.data.transforms import normalised, transform
 from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.blip2 import Stage1Model
@@ -61,7 +61,7 @@ class PictureText:
             chosen = pictures[start : start + batch]
             opened = [as_rgb(p) if isinstance(p, Image.Image) else open_picture(p) for p in chosen]
             pixels = torch.stack([self.transform(picture) for picture in opened])
-            yield self.image_encoder(pixels.to(self.device))
+            yield self.image_encoder(normalised(pixels.to(self.device), self.image_encoder.spec))
 
     def embed_images(self, pictures: Sequence[Picture], batch: int = 32) -> Tensor:
         """(P, Q, E), unit length, float32."""

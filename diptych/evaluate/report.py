@@ -8,11 +8,9 @@ and go through Jinja2's escaping. `ReportData` is made of plain values, so that 
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import math
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from diptych.aside import aside
 from diptych.data.files import read
 from diptych.errors import UserError
 
@@ -114,19 +113,14 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         page = _page(data, side)
         if len(page) < LIMIT_BYTES:
             break
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(page)
-        aside.replace(path)
+        with aside(path) as file:
+            file.write_bytes(page)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
             f"report {path}: can't be written ({reason}); name a file in a folder you can write to"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
     return path
 
 

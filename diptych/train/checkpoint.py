@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diptych.aside import SUFFIX, aside
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 from diptych.objectives import gather
@@ -129,23 +130,19 @@ class Checkpoints:
 
     def _write(self, step: int, files: dict[str, dict[str, Tensor]], record: dict[str, Any]) -> None:
         target = self.folder / f"{step:08d}"
-        aside = target.with_suffix(".writing")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            for name, tensors in files.items():
-                save_file(tensors, aside / name)
-            (aside / "state.json").write_text(json.dumps(record), encoding="utf-8")
-            for file in (*aside.iterdir(), aside):
-                flush(file)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
+            with aside(target) as folder:
+                folder.mkdir()
+                for name, tensors in files.items():
+                    save_file(tensors, folder / name)
+                (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+                for file in (*folder.iterdir(), folder):
+                    flush(file)
             flush(self.folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"{target}: the checkpoint can't be written ({error}); {self._last_good()}") from None
         later = [other for other in self.newest_first() if int(other.name) > step]  # of a life that was given up
-        for old in (*later, *self.folder.glob("*.writing")):
+        for old in (*later, *self.folder.glob(f"*{SUFFIX}")):
             shutil.rmtree(old, ignore_errors=True)
         best = self.best()
         for old in self.newest_first()[self.keep :]:

@@ -114,8 +114,8 @@ def cost(settings: Settings, records: list[Record] | None = None, built: Built |
         kept, most = image_memory(program.image_encoder, rows)
         activations = max(activations + kept, most)
     if chunks > 1:
-        waiting = math.prod(seen) + (0 if is_kept else 3 * program.image_encoder.spec.size**2)
-        activations += 4 * (batch - rows) * waiting  # float32
+        waiting = 4 * math.prod(seen) + (0 if is_kept else 3 * program.image_encoder.spec.size**2)
+        activations += (batch - rows) * waiting
         flops["encoding again"] = encoding_flops(program, seen, tokens, batch)
         if not is_kept:
             image += image if is_frozen(program.image_encoder) else image // 3  # of a forward and a backward pass

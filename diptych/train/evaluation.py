@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.aside import aside
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -104,7 +105,8 @@ def _evaluate(
         "pictures": [{"image": r.image, "image_id": r.image_id, "captions": r.captions} for r in found.gallery.records],
     }
     if first:
-        (run.folder / "results.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        with aside(run.folder / "results.json") as file:
+            file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     if first and report:
         left_out = dict.fromkeys([*skipped.read(run.folder), *faults])
         path = write_report(run.folder / "report.html", report_data(run, found, split, [*left_out]))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diptych.aside import aside
 from diptych.objectives import gather
 from diptych.train import processes
 from diptych.train.checkpoint import trained_state
@@ -35,17 +36,13 @@ def keep(run: Path, failure: Failure) -> str:
     if not processes.is_first():
         return ""
     target = run / FAILED / f"{failure.step.number:08d}"
-    aside = target.with_suffix(".writing")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / "batch.safetensors")
-        save_file(weights, aside / "model.safetensors")
-        (aside / "state.json").write_text(json.dumps(_state(failure)), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        aside.replace(target)
+        with aside(target) as folder:
+            folder.mkdir()
+            save_file(tensors, folder / "batch.safetensors")
+            save_file(weights, folder / "model.safetensors")
+            (folder / "state.json").write_text(json.dumps(_state(failure)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         return f"the step can't be kept ({error})"
     for old in sorted(f for f in target.parent.iterdir() if f.name.isdecimal())[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)

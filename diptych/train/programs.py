@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
 from diptych.data.pairs import PairBatch
+from diptych.data.transforms import normalised
 from diptych.models.blip2 import Stage1Model
 from diptych.models.vision import ImageTokens
 from diptych.objectives import contrastive, gather, language, matching
@@ -112,7 +113,7 @@ class Stage1(Program):
             return ImageTokens(batch.tokens, (0, 0))
         if self.image_encoder is None or batch.pixels is None:
             raise ValueError("a batch brings image tokens, or pixels for an image encoder")
-        return run_frozen(self.image_encoder, batch.pixels)
+        return run_frozen(self.image_encoder, normalised(batch.pixels, self.image_encoder.spec))
 
     def encode(self, batch: PairBatch) -> Stage1Embeddings:
         seen = self.look(batch)

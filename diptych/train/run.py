@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diptych import config
+from diptych.aside import aside
 from diptych.config import Settings
 from diptych.data.pairs import PairSteps
 from diptych.data.readers.faults import Fault
@@ -335,9 +336,8 @@ def _begin(out: Path, built: Built, data: dict[str, Any]) -> None:
 
 def _write_settings(out: Path, settings: Settings) -> None:
     """Last, and at once: a folder that has them is a run."""
-    aside = out / "settings.yaml.writing"
-    aside.write_text(config.dump(settings), encoding="utf-8")
-    aside.replace(out / "settings.yaml")
+    with aside(out / "settings.yaml") as file:
+        file.write_text(config.dump(settings), encoding="utf-8")
 
 
 def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diptych.aside import aside
 from diptych.train.loop import Step
 from diptych.train.trackers import Trackers
 
@@ -97,9 +98,8 @@ class Watch:
         if not file.exists():
             return
         rows = [row for row in file.read_text(encoding="utf-8", errors="replace").splitlines() if self._is_before(row)]
-        aside = file.with_name("log.jsonl.writing")
-        aside.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-        aside.replace(file)
+        with aside(file) as kept:
+            kept.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
     def _is_before(self, row: str) -> bool:
         with suppress(ValueError):

@@ -19,7 +19,7 @@ from diptych.data import cache
 from diptych.data.cache import FeatureCache
 from diptych.data.pairs import Files
 from diptych.data.records import Record
-from diptych.data.transforms import views
+from diptych.data.transforms import normalised, views
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
 from diptych.train.features import encoded, key, pictures
@@ -221,7 +221,7 @@ def test_views_lie_side_by_side_and_those_made_before_are_used_again(tmp_path, r
         assert encoder.shown == 2 * 4 + 1  # two more views of four pictures, and the one for its shape
     seen = source.rows(range(15)).tensors["tokens"]
     live = Files(kept, views(encoder.spec, 3)).rows(range(15)).tensors["pixels"]
-    torch.testing.assert_close(seen, encoder(live).tokens, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(seen, encoder(normalised(live, encoder.spec)).tokens, rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(seen[::3], plain.float(), rtol=2**-7, atol=1e-6)
     assert not torch.equal(seen[6], seen[7])
 

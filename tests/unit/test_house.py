@@ -32,8 +32,8 @@ ORDER = (
     "cli",
     "__main__",
 )
-# config and errors may be imported by all; config tells its mistakes through errors, errors knows nobody.
-GROUND = {"errors": set(), "config": {"errors"}}
+# These may be imported by all; config tells its mistakes through errors, the others know nobody.
+GROUND = {"errors": set(), "aside": set(), "config": {"errors"}}
 FACADE = {"UserError", "__version__"}  # what `from diptych import …` may fetch inside the package
 HEAVY = {"torch", "torchvision", "torchdata", "transformers", "timm", "tensorboard", "matplotlib", "pandas", "scipy"}
 

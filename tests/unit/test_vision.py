@@ -10,7 +10,7 @@ from PIL import Image
 
 from diptych.checkpoints import starter
 from diptych.core.config import StackConfig
-from diptych.data.transforms import VIEWS, transform, views
+from diptych.data.transforms import VIEWS, normalised, transform, views
 from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionConfig, VisionTransformer, places
 
@@ -97,8 +97,16 @@ def test_a_picture_is_squashed_or_cropped_as_the_encoder_wants():
     squashed = transform(ImageSpec(20, fit="squash", **plain))(picture)
     cropped = transform(ImageSpec(20, fit="crop", **plain))(picture)
     assert squashed.shape == cropped.shape == (3, 20, 20)
-    assert squashed[0, 0, 0] * 255 < 5 and squashed[0, 0, -1] * 255 > 94
-    assert 23 < cropped[0, 0, 0] * 255 < 29 and 70 < cropped[0, 0, -1] * 255 < 77
+    assert squashed[0, 0, 0] < 5 and squashed[0, 0, -1] > 94
+    assert 23 < cropped[0, 0, 0] < 29 and 70 < cropped[0, 0, -1] < 77
+
+
+def test_pixels_are_normalised_once():
+    spec = ImageSpec(2, (0.5, 0.25, 0.0), (0.5, 0.25, 2.0))
+    bytes_ = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    found = normalised(bytes_, spec)
+    torch.testing.assert_close(found.flatten(), torch.tensor([-1.0, -0.2, 0.5]))
+    assert normalised(found, spec) is found and bytes_.flatten().tolist() == [0, 51, 255]
 
 
 def test_views_are_the_picture_its_mirror_image_and_parts_of_it():
