@@ -20,7 +20,7 @@ from diptych.data.pairs import PairBatch
 from diptych.generate import Search, generate
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
-from diptych.models.vision import ImageTokens, VisionConfig, VisionTransformer
+from diptych.models.vision import ImageSpec, ImageTokens, VisionConfig, VisionTransformer
 from diptych.train.parallel import shard, units
 from diptych.train.program import Program
 from diptych.train.programs import Stage1, Stage1Objectives
@@ -34,7 +34,7 @@ class Guest(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.patches, self.spec = nn.Conv2d(3, 8, 4, 4), ImageSpec(8)
 
     def forward(self, pixels: Tensor) -> ImageTokens:
         return ImageTokens(self.patches(pixels).flatten(2).transpose(1, 2), (2, 2))

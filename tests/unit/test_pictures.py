@@ -217,7 +217,9 @@ def test_a_clean_file_keeps_splits(mixed, tmp_path):
         r.captions for r in sound[3:5]
     ]
     with pytest.raises(UserError, match=r"can't be written"):
-        write_clean({None: sound}, tmp_path / "gone" / "clean.jsonl")
+        write_clean({None: sound}, tmp_path / "clean.jsonl" / "again.jsonl")
+    write_clean({None: sound}, tmp_path / "new" / "clean.jsonl")
+    assert len(read(tmp_path / "new" / "clean.jsonl", images="/")) == len(sound)
 
 
 def test_steps_leave_bad_pictures_out_and_name_them(mixed):
