@@ -124,13 +124,14 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     from diptych.data.readers.source import is_here
     from diptych.train import room
     from diptych.train.build import splits
-    from diptych.train.cost import cost
+    from diptych.train.cost import cost, to_count
 
     path = chosen.data.path
     has_data = path is not None and is_here(Path(path).expanduser())
     records = splits(chosen)["train"] if has_data else None
-    found, there = cost(chosen, records), room.memory()
-    turns = room.ways(chosen, records, found, there)
+    built, there = to_count(chosen, records), room.memory()
+    found = cost(chosen, built, records)
+    turns = room.ways(chosen, built, records, found, there)
     if as_json:
         from dataclasses import asdict
 
@@ -173,8 +174,10 @@ def room_lines(turns: dict[tuple[str, ...], int], there: int) -> list[str]:
         return []
     lines = ["", f"That is too much for the {_scaled(there, 'B')} of this machine. The same model in less memory:"]
     lines += [f"  {' '.join(typed):<60}{_scaled(total, 'B'):>14}" for typed, total in turns.items()]
-    if min(turns.values()) > there:
-        lines.append("None is enough: turn train.batch down, or take a smaller model.")
+    from diptych.train.room import fits
+
+    if not fits(min(turns.values()), there):
+        lines.append("None is surely enough: turn train.batch down, or take a smaller model.")
     return lines
 
 

@@ -198,20 +198,20 @@ def recipes() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _shelf().iterdir() if f.name.endswith(".yaml"))
 
 
-def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings of a recipe, by name or path, with `key=value` overrides (`train.lr=3e-4`)."""
-    tree = _read(recipe)
-    for override in overrides:
-        _put(tree, override)
-    return parse(tree, recipe)
+    return _with(overrides, _read(recipe), recipe)
 
 
 def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
     """The same settings but for `overrides`, as `load` takes them."""
-    tree = settings.model_dump(mode="json")
+    return _with(overrides, settings.model_dump(mode="json"), "settings")
+
+
+def _with(overrides: Sequence[str], tree: Any, where: str) -> Settings:
     for override in overrides:
         _put(tree, override)
-    return parse(tree, "settings")
+    return parse(tree, where)
 
 
 def parse(tree: Any, where: str) -> Settings:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -282,11 +281,7 @@ def generators() -> dict[str, Tensor]:
 
 def everyones_generators() -> dict[str, Tensor]:
     """`generators` of all processes: the first one's under their names, and "generator.cpu.2" of the third."""
-    _, size = gather.world()
-    every: list[Any] = [generators()]
-    if size > 1:
-        every = [None] * size
-        dist.all_gather_object(every, generators())
+    every = gather.everyone(generators())
     return {name + (f".{rank}" if rank else ""): state for rank, own in enumerate(every) for name, state in own.items()}
 
 

@@ -93,11 +93,9 @@ def work(program: Stage1, batch: int, tokens: int, is_kept: bool) -> int:
     return sum(flops.values()) + (0 if is_kept else image * batch)
 
 
-def cost(settings: Settings, records: list[Record] | None = None, built: Built | None = None) -> Cost:
-    """What a step of `settings` takes. records: of the training split, for captions' length and the features' size;
-    without them captions are as long as they may be, and no vocabulary is trimmed. built: what the settings build, when
-    that is there already."""
-    built = built or to_count(settings, records)
+def cost(settings: Settings, built: Built, records: list[Record] | None = None) -> Cost:
+    """What a step of `settings` takes. built: by `to_count`. records: of the training split, for captions' length and
+    the features' size; without them captions are as long as they may be."""
     program, is_kept = built.program, settings.data.cache != "none"
     batch = settings.train.batch
     if records:

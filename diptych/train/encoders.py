@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from diptych import checkpoints, config
-from diptych.checkpoints import io, lavis, starter
+from diptych.checkpoints import hf, io, lavis, starter
 from diptych.core.surgery import freeze
-from diptych.errors import UserError, of_hub
+from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionTransformer
 
 # As BLIP-2 uses them
@@ -63,19 +63,22 @@ def _fill(model: nn.Module, path: str) -> None:
     model.load_state_dict({name: theirs[name] for name in ours})
 
 
-def _hugging_face(folder: str, chosen: config.Encoder) -> HFEncoder:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+def _hugging_face(name: str, chosen: config.Encoder) -> HFEncoder:
+    """name: a folder, or a hub id."""
+    from transformers import AutoImageProcessor, AutoModel
 
-    if not Path(folder).is_dir() and folder.count("/") != 1:
-        raise UserError(f"image_encoder.name: {folder} is neither a folder nor a hub id")
-    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
-        raise UserError(f"{folder}: no Hugging Face model there (config.json is missing)")
-    with of_hub(folder):
-        model = AutoModel.from_pretrained(folder)
-        figures = AutoImageProcessor.from_pretrained(folder)
-        size = chosen.size or getattr(AutoConfig.from_pretrained(folder), "image_size", None)
+    folder = io.find(name)
+    theirs = hf.config_of(folder)
+    try:
+        model = AutoModel.from_pretrained(folder, config=theirs, local_files_only=True)
+        figures = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        wanted = "its weights and its preprocessor_config.json are both wanted"
+        raise UserError(f"{name}: no whole Hugging Face model there ({type(error).__name__}); {wanted}") from error
     model = getattr(model, "vision_model", model)
-    size = size or model.config.image_size
+    size = chosen.size or getattr(model.config, "image_size", None)
+    if size is None:
+        raise UserError(f"{name}: its config.json names no image_size; give image_encoder.size")
     return HFEncoder(model, ImageSpec(size, tuple(figures.image_mean), tuple(figures.image_std)))
 
 

@@ -11,7 +11,7 @@ from diptych import config
 from diptych.config import Settings
 from diptych.data.records import Record
 from diptych.train.build import Built
-from diptych.train.cost import Cost, cost, to_count
+from diptych.train.cost import Cost, cost
 
 SURE = 0.85  # of the memory: predictions are up to 15 % low, and Python and the system need some
 
@@ -28,7 +28,9 @@ def fits(total: int, room: int) -> bool:
     return total <= SURE * room
 
 
-def ways(settings: Settings, records: list[Record] | None, found: Cost, room: int) -> dict[tuple[str, ...], int]:
+def ways(
+    settings: Settings, built: Built, records: list[Record] | None, found: Cost, room: int
+) -> dict[tuple[str, ...], int]:
     """What can be set to train the same model in less memory than `found`, as typed, and the bytes predicted then.
 
     Of a setting that comes in degrees it is the mildest that fits into `room`, or the last. Where none fits alone, all
@@ -36,16 +38,16 @@ def ways(settings: Settings, records: list[Record] | None, found: Cost, room: in
     """
     if fits(found.total, room):
         return {}
-    built, took = to_count(settings, records), {}
+    took = {}
     for degrees in _degrees(settings, built, found):
         for typed in degrees:
-            total = _total(settings, records, built, (typed,))
+            total = _total(settings, built, records, (typed,))
             if fits(total, room) or typed == degrees[-1]:
                 took[(typed,)] = total
                 break
     together = tuple(typed for (typed,) in took)
     if len(together) > 1 and not any(fits(total, room) for total in took.values()):
-        took[together] = _total(settings, records, built, together)
+        took[together] = _total(settings, built, records, together)
     return took
 
 
@@ -61,5 +63,5 @@ def _degrees(settings: Settings, built: Built, found: Cost) -> list[list[str]]:
     return [degrees for degrees in ways if degrees]
 
 
-def _total(settings: Settings, records: list[Record] | None, built: Built, typed: Sequence[str]) -> int:
-    return cost(config.changed(settings, typed), records, built).total
+def _total(settings: Settings, built: Built, records: list[Record] | None, typed: Sequence[str]) -> int:
+    return cost(config.changed(settings, typed), built, records).total

@@ -193,7 +193,7 @@ def test_data_bound_the_captions_the_batch_and_the_features(tmp_path):
     chosen = settings(tmp_path)
     built = build(chosen)
     records = [Record(f"{i}.png", (f"w1 w2{' w3' * (i % 3)}",), i, f"row {i}") for i in range(6)]
-    found = cost(chosen, records, built)
+    found = cost(chosen, built, records)
     assert found.tokens == 2 + 3 and found.batch == 6  # [CLS], three words on average, [SEP]
     assert found.memory["features"] == 6 * 17 * 24 * 2
     assert "features" not in cost(chosen, built=built).memory and cost(chosen, built=built).tokens == 9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diptych.cli import room_lines
 from diptych.data.records import Record
-from diptych.train.cost import cost
+from diptych.train.cost import cost, to_count
 from diptych.train.room import SURE, fits, ways
 from tests.unit.test_cost import settings
 
@@ -15,9 +15,10 @@ def asked(folder, share, **overrides):
     """`ways` where the memory there is `share` of what is wanted, with features of many pictures."""
     records = [Record(f"{i}.png", ("w1 w2",), i, f"row {i}") for i in range(3000)]
     chosen = settings(folder, train__batch=64, data__cache="memory", **overrides)
-    found = cost(chosen, records)
+    built = to_count(chosen, records)
+    found = cost(chosen, built, records)
     room = int(share * found.total / SURE)
-    return found, room, ways(chosen, records, found, room)
+    return found, room, ways(chosen, built, records, found, room)
 
 
 def test_nothing_is_to_be_turned_where_a_step_fits(tmp_path):
