@@ -116,10 +116,12 @@ class Train(Section):
     """batch: pictures a step; accumulate: in how many chunks these are computed, one after another, for memory: the
     same losses and gradients, for the time of one more encoding. epochs, or steps when given. warmup: share of the
     steps; the rate then falls as a cosine to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr`
-    times that, and at `layer_decay` times that for each block above them. clip: of the gradients' norm, 0 = none.
+    times that, and at `layer_decay` times that for each block above them. optimizer: "adamw8bit" keeps its moments in
+    8 bits, a quarter of their memory (extra `torchao`). clip: of the gradients' norm, 0 = none.
     precision: "auto" is bfloat16 where the machine computes it fast, else float32; "float16" scales its loss, for GPUs
     without bfloat16. ema: a moving average of the weights, which keeps this much of itself a step (0.999, say; 0 =
     none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
+    compile: blocks, by torch's compiler, which takes minutes at the start.
     save_every: steps between checkpoints, 0 = at the end alone; keep: how many stay; keep_best: measure recall on the
     held-out pictures at each, let the best stay too, and use that. Under torchrun, parallel: "ddp" keeps all weights in
     each process, "fsdp" spreads them; timeout: seconds after which a process that is waited for is given up. trackers:
@@ -135,11 +137,13 @@ class Train(Section):
     layer_decay: float = Field(1.0, gt=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, ge=0)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     ema: float = Field(0.0, ge=0, lt=1)
     checkpoint_last: int = Field(0, ge=0)
+    compile: bool = False
     seed: int = 0
     log_every: int = Field(10, gt=0)
     save_every: int = Field(500, ge=0)

@@ -25,7 +25,7 @@ from diptych.aside import SUFFIX, aside
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 from diptych.objectives import gather
-from diptych.train import processes
+from diptych.train import eightbit, processes
 from diptych.train.average import Average
 from diptych.train.moves import Moves
 from diptych.train.parallel import shared_like, whole
@@ -243,14 +243,17 @@ def _take_moments(file: Path, kept: dict[str, Tensor], program: nn.Module, optim
     moved = {name.partition("/")[2] for name in kept}
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
     # a parameter that never had a gradient has no moments, as the head of an objective that is off
-    wanted = {f"{kind}/{name}" for name in moved & trained.keys() for kind in MOMENTS}
+    is_plain = isinstance(optimizer, torch.optim.AdamW)
+    kinds = {name: MOMENTS if is_plain else eightbit.kinds(trained[name]) for name in moved & trained.keys()}
+    wanted = {f"{kind}/{name}" for name, own in kinds.items() for kind in own}
     for name in sorted(wanted ^ kept.keys()):
         raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this optimizer'}")
-    for name, tensor in kept.items():
-        kind, _, parameter = name.partition("/")
-        like = trained[parameter]
-        moment = tensor.to(like.device)
-        optimizer.state[like][kind] = moment if kind == "step" else shared_like(moment, like)
+    for name, own in kinds.items():
+        like = trained[name]
+        state = {kind: kept[f"{kind}/{name}"].to(like.device) for kind in own}
+        if is_plain:
+            state |= {kind: shared_like(state[kind], like) for kind in own if kind != "step"}
+        optimizer.state[like] = state if is_plain else eightbit.together(state, like)
 
 
 @torch.no_grad()
@@ -265,8 +268,11 @@ def _take_weights(weights: dict[str, Tensor], program: nn.Module, average: Avera
 def _moments(program: nn.Module, moves: Moves) -> dict[str, Tensor]:
     """ "exp_avg/name of a parameter" → a copy, whole however it is sharded; and the scale of float16's loss."""
     names = {parameter: name for name, parameter in program.named_parameters()}
-    states = moves.optimizer.state.items()
-    found = {f"{kind}/{names[p]}": _copy(t) for p, kept in states for kind, t in kept.items()}
+    found = {}
+    for parameter, state in moves.optimizer.state.items():
+        for moment in state:
+            parts = eightbit.apart(moment, state[moment])
+            found |= {f"{kind}/{names[parameter]}": _copy(part) for kind, part in parts.items()}
     if moves.scaler.is_enabled():
         told = moves.scaler.state_dict()
         found[SCALE] = torch.tensor([told["scale"], told["_growth_tracker"]], dtype=torch.float64)

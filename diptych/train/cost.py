@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych.config import Encoder, Settings
+from diptych.config import Encoder, Settings, Train
 from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
@@ -25,6 +25,7 @@ from diptych.data.records import Record
 from diptych.models.vision import ImageTokens
 from diptych.objectives import gather
 from diptych.text.tokenizer import Tokenizer
+from diptych.train import eightbit
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
 from diptych.train.live import Live, read_on
@@ -117,7 +118,7 @@ def cost(settings: Settings, built: Built, records: list[Record] | None = None) 
         flops["encoding again"] = encoding_flops(program, seen, tokens, batch)
         if not is_kept:
             image += image if is_frozen(program.image_encoder) else image // 3  # of a forward and a backward pass
-    memory = state_memory(program, settings.train.ema > 0) | {"activations": activations}
+    memory = state_memory(program, settings.train) | {"activations": activations}
     if settings.data.cache == "memory" and records:
         memory["features"] = features_bytes(len(records) * settings.data.views, *seen)
     name = str(dtype).removeprefix("torch.")
@@ -157,13 +158,16 @@ def _recomputing(stack: Stack, blocks: int) -> Iterator[None]:
         stack.checkpoint_last = before
 
 
-def state_memory(program: nn.Module, is_averaged: bool = False) -> dict[str, int]:
+def state_memory(program: nn.Module, train: Train) -> dict[str, int]:
     """Bytes of weights (buffers too), of the gradients of what is trained, of AdamW's two moments, and of the moving
     average where there is one."""
     trained = trained_bytes(program)
     weights = sum(t.numel() * t.element_size() for t in held(program))
-    average = {"moving average": trained} if is_averaged else {}
-    return {"weights": weights, "gradients": trained, "AdamW's moments": 2 * trained, **average}
+    moments = 2 * trained
+    if train.optimizer == eightbit.NAME:
+        moments = sum(eightbit.moments_bytes(p) for p in program.parameters() if p.requires_grad)
+    average = {"moving average": trained} if train.ema > 0 else {}
+    return {"weights": weights, "gradients": trained, "AdamW's moments": moments, **average}
 
 
 def held(module: nn.Module) -> list[Tensor]:

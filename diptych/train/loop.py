@@ -20,7 +20,7 @@ from diptych.train.checkpoint import generators
 from diptych.train.moves import Moves
 from diptych.train.parallel import whole
 from diptych.train.program import Program
-from diptych.train.schedule import rate
+from diptych.train.schedule import rate, set_rate
 
 PATIENCE = 3  # steps in a row that may fail
 OVERFLOW = "the norm of the gradients is no finite number"
@@ -93,8 +93,7 @@ def run(
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
         lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
-        for group in moves.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+        set_rate(moves.optimizer, lr)
         drawn, counted = generators(), _counted(program)
         program.before_step()
         losses = backward(forward, program, batch, settings.accumulate, moves.scaler, partial(autocast, dtype, device))

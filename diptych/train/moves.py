@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from diptych.config import Train
-from diptych.errors import UserError
 from diptych.train.average import Average
-from diptych.train.parallel import is_spread
 from diptych.train.program import Program
 from diptych.train.schedule import optimizer, shares
 
@@ -45,14 +43,10 @@ class Moves:
 
 def moves_of(program: Program, settings: Train, precision: torch.dtype) -> Moves:
     """Of a program that is where it will be trained, and spread over processes if it is to be."""
-    if precision == torch.float16 and is_spread(program):
-        raise UserError(
-            "train.parallel=fsdp trains in bfloat16 or float32: give train.precision, or train.parallel=ddp"
-        )
     device = next(p for p in program.parameters() if p.requires_grad).device
     slower = shares(program.started, settings.start_lr, settings.layer_decay)
     return Moves(
-        optimizer(program, settings.lr, settings.betas, settings.weight_decay, slower),
+        optimizer(program, settings.lr, settings.betas, settings.weight_decay, slower, settings.optimizer),
         torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         Average(program, settings.ema) if settings.ema else None,
     )

@@ -54,11 +54,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def is_spread(program: nn.Module) -> bool:
-    """Whether its weights lie in parts in several processes."""
-    return any(isinstance(parameter, DTensor) for parameter in program.parameters())
-
-
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread over processes where `like` is (all of which must ask)."""
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diptych import config
@@ -24,7 +25,7 @@ from diptych.errors import UserError
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
 from diptych.objectives import gather
-from diptych.train import checkpoint, cost, loop, processes, trackers
+from diptych.train import checkpoint, compiled, cost, eightbit, loop, processes, trackers
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep
@@ -139,6 +140,8 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
     every = settings.train.save_every or steps
     meter, health = _meter(settings, program, batches.batch, made.tokens), Health(watch.say)
     program.model.qformer.stack.checkpoint_last = settings.train.checkpoint_last
+    if settings.train.compile:
+        compiled.compile_blocks(program)
     rank, _ = gather.world()
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
         torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
@@ -200,8 +203,19 @@ def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> Path | 
 
 
 def _fits(settings: Settings) -> None:
-    """Refuses what several processes can't do."""
-    _, size = gather.world()
+    """Refuses what can't be done here, before anything is written."""
+    train, (_, size) = settings.train, gather.world()
+    if train.optimizer == eightbit.NAME:
+        eightbit.check()
+    if train.compile:
+        compiled.check(device())
+    if train.parallel == "fsdp" and dist.is_initialized():
+        if loop.precision(train.precision, device()) == torch.float16:
+            raise UserError(
+                "train.parallel=fsdp trains in bfloat16 or float32: give train.precision, or train.parallel=ddp"
+            )
+        if train.optimizer == eightbit.NAME:
+            raise UserError(f"train.optimizer={eightbit.NAME} keeps its moments whole: give train.parallel=ddp")
     if size > 1 and settings.data.cache == "memory":
         raise UserError(
             f"data.cache=memory would make and hold all features in each of {size} processes: "

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from diptych.train import eightbit
+
 
 def rate(step: int, steps: int, warmup: int, final: float) -> float:
     """The learning rate at `step`, a share of the highest: a line up over `warmup` steps, then a cosine to `final`."""
@@ -43,6 +45,20 @@ def optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     shares: Mapping[str, float] | None = None,
-) -> torch.optim.AdamW:
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
+    """kind: "adamw", or "adamw8bit"."""
+    parts = groups(model, weight_decay, shares)
+    if kind == eightbit.NAME:
+        return eightbit.optimizer(parts, lr, betas)
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
-    return torch.optim.AdamW(groups(model, weight_decay, shares), lr=lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(parts, lr=lr, betas=betas, fused=fused)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Each group learns at its share of `lr` from now on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # compiled code looks it up there
+            group["lr"].fill_(lr * group["share"])
+        else:
+            group["lr"] = lr * group["share"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from diptych.errors import UserError
-from diptych.train import loop
+from diptych.train import eightbit, loop
 from diptych.train.checkpoint import Checkpoints
+from diptych.train.cost import state_memory
 from diptych.train.moves import Moves, moves_of
-from tests.unit.test_training import SETTINGS, alike, batches, bits, infinite, moments, opened, program, saved
+from tests.unit.test_training import SETTINGS, alike, batches, bits, infinite, moments, opened, program, saved, trained
 
 
 def test_a_run_is_used_with_the_average_and_goes_on_from_the_weights(tmp_path):
@@ -48,6 +51,40 @@ def test_what_another_model_gave_learns_more_slowly_the_lower_the_more():
     assert set(rates.values()) == {heard[0].lr}
     trained = {name for name, weight in made.named_parameters() if weight.requires_grad}
     assert rates.keys() == trained - {low, high}
+
+
+def test_moments_of_8_bits_take_a_quarter_and_come_back_to_the_bit(tmp_path):
+    settings, made = SETTINGS.model_copy(update={"optimizer": "adamw8bit"}), program(width=64)
+    begun = bits(made)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, a minute for all these shapes
+        moves = trained(made, 3, moves=moves_of(made, settings, torch.float32))
+        saved(tmp_path, made, moves, 3)
+        again = program(width=64)
+        others = opened(tmp_path, again, settings)
+        trained(made, 6, 3, moves)
+        trained(again, 6, 3, others)
+    assert alike(bits(again), bits(made))
+    plain = program(width=64)
+    trained(plain, 6)
+    for name, tensor in bits(plain).items():
+        way = (tensor - begun[name]).norm()
+        if not name.endswith("k.bias"):  # whose gradient is noise
+            assert (made.state_dict()[name] - tensor).norm() <= 0.2 * way, name
+    took = {parameter: held(state) for parameter, state in moves.optimizer.state.items()}
+    assert took == {parameter: eightbit.moments_bytes(parameter) for parameter in took}
+    assert state_memory(made, settings)["AdamW's moments"] == sum(took.values())
+    coded = [parameter for parameter in took if parameter.numel() >= eightbit.LEAST]
+    assert coded and all(took[parameter] < 0.4 * 8 * parameter.numel() for parameter in coded)
+
+
+def held(state: dict[str, Any]) -> int:
+    """Bytes of an optimizer's moments of one parameter."""
+    return sum(
+        part.nbytes
+        for kind, moment in state.items()
+        if kind != "step"
+        for part in ((moment.codes, moment.scale, moment.qmap) if hasattr(moment, "codes") else (moment,))
+    )
 
 
 def scaled(moves: Moves, scale: float) -> None:
