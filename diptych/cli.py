@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,9 @@ def cli() -> None:
 
 def main() -> None:
     """The console script: exit code 0, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may be of bytes that are no text
     cli(prog_name="diptych")
 
 
@@ -275,9 +280,13 @@ def match(run: Path, picture: str, texts: tuple[str, ...], as_json: bool) -> Non
         found = [{"text": text, **row} for text, row in zip(texts, rows, strict=True)]
         click.echo(json.dumps(found, ensure_ascii=False, indent=1))
         return
-    click.echo("    ITM     ITC  text")
+    shape = {"itm": "7.1%", "itc": "7.3f"}
+    told = [name for name in shape if name in rows[0]]
+    if not told:
+        raise UserError(f"{run} has learned to match nothing (objectives.itc and objectives.itm are 0)")
+    click.echo(" ".join(f"{name.upper():>7}" for name in told) + "  text")
     for text, row in zip(texts, rows, strict=True):
-        click.echo(f"{row['itm']:>7.1%} {row['itc']:>7.3f}  {text}")
+        click.echo(" ".join(format(row[name], f">{shape[name]}") for name in told) + f"  {text}")
 
 
 def _check_run(folder: Path) -> None:
@@ -324,24 +333,27 @@ def scenes(out: str, preset: str, train: int, val: int, test: int, unseen: int, 
 @click.option("--images", help="The folder that the pictures' paths start from.")
 @click.option("--split", help="Check this one only; default: train, val and test, of what there is.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Threads that open pictures.")
+@click.option("--all", "whole", is_flag=True, help="List every fault, not the first 20 alone.")
 @click.option("--clean", metavar="FILE", help="Write what can be used to FILE, as JSON lines.")
-def check(path: str, images: str | None, split: str | None, workers: int, clean: str | None) -> None:
+def check(path: str, images: str | None, split: str | None, workers: int, whole: bool, clean: str | None) -> None:
     """Say what is in the data set at PATH, and what is wrong with it.
 
     Every row is read and every picture opened. The exit code is 1 when there are faults.
     """
-    from diptych.data.check import check, write_clean
+    from diptych.data.check import SHOWN, check, write_clean
     from diptych.data.readers import splits
 
     if clean is not None:
         _check_new(clean)
-    names = [split] if split else ([*splits(path)] or [None]) if clean else _files_by_split(path)
+    names = [split] if split else _files_by_split(path)
+    if names == [None] and clean:  # one file, whose rows may name splits
+        names = [*splits(path)] or [None]
     faults, sound = 0, {}
     for name in names:
         found = check(path, images=images, split=name, workers=workers)
         if name and len(names) > 1:
             click.echo(f"\n{name}\n{'─' * len(name)}")
-        for line in found.lines():
+        for line in found.lines(None if whole else SHOWN):
             click.echo(line)
         faults += len(found.faults)
         sound[name] = found.sound
@@ -383,7 +395,7 @@ def pack(
         for fault in left_out[:SHOWN]:
             click.echo(f"- {fault.where}: {fault.message}")
         if len(left_out) > SHOWN:
-            click.echo(f"- and {len(left_out) - SHOWN:,} more, which `diptych data check {source}` names")
+            click.echo(f"- and {len(left_out) - SHOWN:,} more, which `diptych data check --all {source}` names")
     click.echo(f"Next: diptych train photos data.path={out} out=runs/mine")
 
 
@@ -398,13 +410,14 @@ def _check_new(file: str) -> None:
 
 
 def _files_by_split(path: str) -> list[str | None]:
-    """The splits of shards and tables, or the usual ones that a folder has a file of each for; else None alone: all at
-    once."""
+    """The splits of shards, tables and sub-folders, or the usual ones that a folder has a file of each for; else None
+    alone: all at once."""
     from diptych.data.readers import splits
-    from diptych.data.readers.source import shard_files, table_files
+    from diptych.data.readers.source import annotation_files, shard_files, table_files
 
-    here = [name for name in ("train", "val", "test") if any(Path(path).glob(f"{name}.*"))]
-    if shard_files(Path(path)) or table_files(Path(path)):
+    folder = Path(path).expanduser()
+    here = [name for name in ("train", "val", "test") if any(folder.glob(f"{name}.*"))]
+    if shard_files(folder) or table_files(folder) or (folder.is_dir() and not annotation_files(folder)):
         here = splits(path)
     return [*here] if len(here) > 1 else [None]
 

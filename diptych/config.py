@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diptych.errors import UserError, nearest
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file, a folder, or a name of another kind
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -33,18 +38,18 @@ class Data(Section):
     on_bad: "stop" at the first row or picture that can't be used, or "skip" it, which skipped.jsonl then lists.
     """
 
-    path: str | None = None
-    images: str | None = None
+    path: Place | None = None
+    images: Place | None = None
     train: str | None = "train"
     val: str | None = "val"
     test: str | None = "test"
     hold_out: int = Field(0, ge=0)
-    also: dict[str, Annotated[float, Field(gt=0)]] = {}
+    also: dict[Place, Annotated[float, Field(gt=0)]] = {}
     limit: int | None = Field(None, gt=0)
     captions: Literal["one", "all"] = "one"
     max_tokens: int = Field(32, gt=2)
     cache: Literal["memory", "disk", "none"] = "memory"
-    cache_folder: str = "runs/features"
+    cache_folder: Place = "runs/features"
     views: int = Field(1, ge=1, le=6)
     on_bad: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0)
@@ -67,7 +72,7 @@ class Encoder(Section):
     the map to take instead of the last, counted from 0 (the starter's 3: finer, and better at colours and shapes)."""
 
     name: str = "starter"
-    weights: str | None = None
+    weights: Place | None = None
     size: int | None = Field(None, gt=0)
     stage: int | None = Field(None, ge=0)
     frozen: bool = True
@@ -82,8 +87,8 @@ class QFormer(Section):
     image tokens.
     """
 
-    start: str = "starter"
-    tokenizer: str | None = None
+    start: Place = "starter"
+    tokenizer: Place | None = None
     vocabulary: Literal["all", "data"] = "all"
     layers: int | None = Field(None, gt=0)
     width: int = Field(768, gt=0)
@@ -116,8 +121,9 @@ class Train(Section):
     """batch: pictures a step; accumulate: in how many chunks these are computed, one after another, for memory: the
     same losses and gradients, for the time of one more encoding. epochs, or steps when given. warmup: share of the
     steps; the rate then falls as a cosine to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr`
-    times that, and at `layer_decay` times that for each block above them. optimizer: "adamw8bit" keeps its moments in
-    8 bits, a quarter of their memory (extra `torchao`). clip: of the gradients' norm, 0 = none.
+    times that, and at `layer_decay` times that for each block above them. optimizer: "adamw8bit" keeps moments in 8
+    bits, for a quarter to a half of their memory (extra `torchao`; compiled, which takes a minute). clip: of the
+    gradients' norm, 0 = none.
     precision: "auto" is bfloat16 where the machine computes it fast, else float32; "float16" scales its loss, for GPUs
     without bfloat16. ema: a moving average of the weights, which keeps this much of itself a step (0.999, say; 0 =
     none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
@@ -138,13 +144,13 @@ class Train(Section):
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     clip: float = Field(1.0, ge=0)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     ema: float = Field(0.0, ge=0, lt=1)
     checkpoint_last: int = Field(0, ge=0)
     compile: bool = False
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     log_every: int = Field(10, gt=0)
     save_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)
@@ -177,7 +183,7 @@ class Settings(Section):
 
     program: Literal["stage1"] = "stage1"
     about: str = ""
-    out: str = "runs/stage1"
+    out: Place = "runs/stage1"
     data: Data = Field(default_factory=Data)
     image_encoder: Encoder = Field(default_factory=Encoder)
     qformer: QFormer = Field(default_factory=QFormer)
@@ -213,9 +219,19 @@ def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def _with(overrides: Sequence[str], tree: Any, where: str) -> Settings:
+    _once(overrides)
     for override in overrides:
         _put(tree, override)
     return parse(tree, where)
+
+
+def _once(overrides: Sequence[str]) -> None:
+    """Refuses a key that is given twice, which a shell does to `data.path=train-{00..12}.tar`."""
+    given = [override.partition("=")[0] for override in overrides]
+    for key in given:
+        if given.count(key) > 1:
+            why = "give it once, and a pattern with braces in quotes, or the shell makes many of it"
+            raise UserError(f"'{key}' is given {given.count(key)} times: {why}")
 
 
 def parse(tree: Any, where: str) -> Settings:

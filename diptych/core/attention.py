@@ -24,6 +24,7 @@ Edit = Callable[[Tensor], Tensor]
 
 # Of these torch's fused kernel for CPUs takes 2 to 5 times the written-out form's time, backwards (torch 2.15, AMX).
 # The written-out form rounds scores to their 8 bits, as every product under autocast is; the fused one does not.
+# With dropout it is taken without gradients too: `train/accumulate.py` encodes twice, and dropout must fall alike.
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -34,7 +35,7 @@ def attend(
 
     `mask` is True where a query may look; a query that may look at nothing gets zeros and finite gradients.
     """
-    if q.requires_grad and q.device.type == "cpu" and q.dtype in HALVES:
+    if (q.requires_grad or dropout) and q.device.type == "cpu" and q.dtype in HALVES:
         return drop(looks(scores(q, k, bias), mask), dropout) @ v
     if bias is not None:
         bias = bias.to(q.dtype)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diptych.aside import aside
 from diptych.data.files import opened
-from diptych.data.pictures import BadPicture, decode
+from diptych.data.pictures import BadPicture, decode, formats
 from diptych.data.readers import load
 from diptych.data.readers.faults import Collecting, Fault
 from diptych.data.records import Record
@@ -65,8 +65,9 @@ class CheckReport:
     duplicate_captions: float  # share of captions that an earlier one has said, case and spaces aside
     sound: list[Record]  # what can be trained on
 
-    def lines(self) -> list[str]:
-        """Plain text for 80 columns: counts, histograms, faults by kind and the first 20 in full, notes by kind."""
+    def lines(self, shown: int | None = SHOWN) -> list[str]:
+        """Plain text for 80 columns: counts, histograms, faults by kind and the first `shown` in full (None = all),
+        notes by kind."""
         lines = [
             f"pictures              {self.pictures}",
             f"captions              {self.captions}",
@@ -81,10 +82,11 @@ class CheckReport:
             lines += ["", "shorter side, pixels"] + _bars(self._sides())
             lines += ["", "mode"] + _bars(self.modes)
         lines += ["", f"faults                {len(self.faults)}"] + _kinds(self.faults)
-        for fault in self.faults[:SHOWN]:
+        told = self.faults[:shown]
+        for fault in told:
             lines += _wrapped(fault)
-        if len(self.faults) > SHOWN:
-            lines.append(f"  and {len(self.faults) - SHOWN} more")
+        if len(told) < len(self.faults):
+            lines.append(f"  and {len(self.faults) - len(told)} more; --all lists them")
         if self.notes:
             lines += ["", f"notes                 {len(self.notes)}, the first of each kind below"] + _kinds(self.notes)
             first: dict[str, Fault] = {}
@@ -149,7 +151,8 @@ def write_clean(records: Mapping[str | None, Sequence[Record]], file: str | Path
     """Writes records as JSON lines that `readers.read` takes, pictures by their absolute paths. records: by split, None
     where there is none. UserError where the file can't be written; none is then there."""
     try:
-        with aside(Path(file)) as made, made.open("w", encoding="utf-8") as lines:
+        # a file name that is no UTF-8 is written as JSON escapes it
+        with aside(Path(file)) as made, made.open("w", encoding="utf-8", errors="backslashreplace") as lines:
             for split, chosen in records.items():
                 for record in chosen:
                     row = {"image": record.image, "captions": record.captions, "image_id": record.image_id}
@@ -200,7 +203,7 @@ def _oddities(picture: Image.Image, record: Record) -> list[Fault]:
 
 
 def _is_animated(path: str) -> bool:
-    with suppress(Exception), opened(path) as file, Image.open(file) as picture:
+    with suppress(Exception), opened(path) as file, Image.open(file, formats=formats()) as picture:
         return getattr(picture, "is_animated", False)
     return False
 

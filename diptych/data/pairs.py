@@ -126,7 +126,8 @@ class Features:
 
 def number(name: int | str) -> int:
     """A 63-bit number for an id or a caption: equal for equal names, and otherwise different for all we will see."""
-    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
+    spelt = str(name).encode("utf-8", "surrogatepass")  # a file name may be no UTF-8
+    return int.from_bytes(hashlib.blake2b(spelt, digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ from diptych.errors import UserError
 
 # A picture of 90 to 180 million pixels is read like any other, and `data check` notes it. Above that Pillow refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+NARROW = 200  # times as long as wide: made as high as an encoder wants it, such a picture would fill the memory
+
+
+@cache
+def formats() -> list[str]:
+    """Pillow's, but for EPS: to read it, Pillow runs Ghostscript on what may be anybody's program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 class BadPicture(UserError):
@@ -39,7 +49,11 @@ def decode(path: str | Path, where: str = "") -> Image.Image:
             if not file.read(1):
                 raise BadPicture("empty picture file", path, where, "is empty (0 bytes)")
             file.seek(0)
-            with Image.open(file) as picture:
+            with Image.open(file, formats=formats()) as picture:
+                width, height = picture.size
+                if max(width, height) > NARROW * min(width, height):
+                    what = f"is {width} × {height}: one side is more than {NARROW} times the other"
+                    raise BadPicture("picture too narrow", path, where, what)
                 picture.load()
                 return picture
     except BadPicture:

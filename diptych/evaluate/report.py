@@ -22,6 +22,7 @@ import numpy as np
 
 from diptych.aside import aside
 from diptych.data.files import read
+from diptych.data.pictures import formats
 from diptych.errors import UserError
 
 Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]  # steps, values
@@ -258,7 +259,7 @@ def _thumbnail(picture: Any, side: int) -> str | None:
         elif isinstance(picture, np.ndarray):
             image = Image.fromarray(picture)
         else:
-            image = Image.open(io.BytesIO(picture if isinstance(picture, bytes) else read(picture)))
+            image = Image.open(io.BytesIO(picture if isinstance(picture, bytes) else read(picture)), formats=formats())
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from diptych.evaluate.report import DIRECTIONS
 from diptych.objectives import gather
 
 OBJECT = "colour and shape of an object"
+SCORES = ("ITC", "ITM", "LM")
 
 
 def is_scenes(path: str | Path | None) -> bool:
@@ -53,11 +54,15 @@ def caption_rows(said: Sequence[str], truth: Sequence[scenes.Scene]) -> list[dic
 
 
 def negative_rows(
-    model: PictureText, gallery: Gallery, folder: str | Path, language: str = "en"
+    model: PictureText,
+    gallery: Gallery,
+    folder: str | Path,
+    scores: Collection[str] = SCORES,
+    language: str = "en",
 ) -> list[dict[str, Any]]:
     """A table of one-word negatives: how often the true caption scores above the false one.
 
-    By ITC, by ITM, and by LM: which of the two the model would sooner say of the picture.
+    scores: by ITC, by ITM, by LM (which of the two the model would sooner say of the picture), of those learned.
     """
     place = {record.image_id: i for i, record in enumerate(gallery.records)}
     listed = json.loads((Path(folder) / "negatives.json").read_text(encoding="utf-8"))["negatives"]
@@ -66,7 +71,7 @@ def negative_rows(
     if not rows:
         return []
     where = torch.tensor([place[n["image_id"]] for n in rows])
-    margins = _margins(model, gallery, where, rows)
+    margins = _margins(model, gallery, where, rows, scores)
     told: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         told[row["attribute"]].append(i)
@@ -78,7 +83,9 @@ def negative_rows(
     ]
 
 
-def _margins(model: PictureText, gallery: Gallery, where: Tensor, rows: list[dict]) -> dict[str, Tensor]:
+def _margins(
+    model: PictureText, gallery: Gallery, where: Tensor, rows: list[dict], scores: Collection[str]
+) -> dict[str, Tensor]:
     """By how much each row's true caption scores above its false one with picture `where[row]`, a score each."""
     words = list(dict.fromkeys(row[key] for row in rows for key in ("caption", "negative")))
     number = {text: i for i, text in enumerate(words)}
@@ -86,14 +93,14 @@ def _margins(model: PictureText, gallery: Gallery, where: Tensor, rows: list[dic
     cosines = similarities(model, spoken).cpu()
     joint = {"ITM": PictureText.match_rows, "LM": PictureText.likelihood_rows}
 
-    def scores(key: str) -> dict[str, Tensor]:
+    def scored(key: str) -> dict[str, Tensor]:
         texts = torch.tensor([number[row[key]] for row in rows])
-        found = {"ITC": cosines[where, texts]}
-        for name, rows_of in joint.items():
-            score = pair_scorer(model, spoken, rows_of)
+        found = {"ITC": cosines[where, texts]} if "ITC" in scores else {}
+        for name in [name for name in joint if name in scores]:
+            score = pair_scorer(model, spoken, joint[name])
             parts = [*zip(where.split(256), texts.split(256), strict=True)]
             found[name] = torch.cat(gather.shared(parts, lambda pair, score=score: score(*pair).cpu()))
         return found
 
-    true, false = scores("caption"), scores("negative")
+    true, false = scored("caption"), scored("negative")
     return {name: true[name] - false[name] for name in true}

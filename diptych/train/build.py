@@ -100,6 +100,8 @@ def build(
         {"starter": str(starter.text_folder())}.get(chosen.start, chosen.start) if chosen.start != "random" else None
     )
     shape = bert_shape(folder) if folder else None
+    if not shape and chosen.width % chosen.heads:
+        raise UserError(f"qformer.width={chosen.width} is no multiple of qformer.heads={chosen.heads}")
     stack = StackConfig(
         width=shape.stack.width if shape else chosen.width,
         layers=chosen.layers or (shape.stack.layers if shape else 12),
@@ -114,6 +116,9 @@ def build(
         attention_dropout=chosen.dropout,
     )
     positions = shape.positions if shape else chosen.positions
+    if settings.data.max_tokens > positions:
+        known = f"{chosen.start} knows {positions} positions" if shape else f"qformer.positions is {positions}"
+        raise UserError(f"data.max_tokens={settings.data.max_tokens}, and {known}: give no more")
     qformer = QFormerConfig(stack, chosen.queries, words.size, positions, words.pad)
     model = Stage1Model(Stage1Config(qformer, chosen.embed, chosen.temperature, chosen.picture_eps))
     if folder and initialise:

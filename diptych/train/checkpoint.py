@@ -244,16 +244,19 @@ def _take_moments(file: Path, kept: dict[str, Tensor], program: nn.Module, optim
     trained = {name: p for name, p in program.named_parameters() if p.requires_grad}
     # a parameter that never had a gradient has no moments, as the head of an objective that is off
     is_plain = isinstance(optimizer, torch.optim.AdamW)
-    kinds = {name: MOMENTS if is_plain else eightbit.kinds(trained[name]) for name in moved & trained.keys()}
+    # in the same order in every process, for they share each out together
+    kinds = {name: MOMENTS if is_plain else eightbit.kinds(own) for name, own in trained.items() if name in moved}
     wanted = {f"{kind}/{name}" for name, own in kinds.items() for kind in own}
     for name in sorted(wanted ^ kept.keys()):
         raise UserError(f"{file}: '{name}' is {'missing' if name in wanted else 'not of this optimizer'}")
     for name, own in kinds.items():
         like = trained[name]
-        state = {kind: kept[f"{kind}/{name}"].to(like.device) for kind in own}
+        state = {kind: kept[f"{kind}/{name}"] for kind in own}
         if is_plain:
-            state |= {kind: shared_like(state[kind], like) for kind in own if kind != "step"}
-        optimizer.state[like] = state if is_plain else eightbit.together(state, like)
+            moments = {kind: tensor.to(like.device) for kind, tensor in state.items()}
+            optimizer.state[like] = moments | {k: shared_like(moments[k], like) for k in own if k != "step"}
+        else:
+            optimizer.state[like] = eightbit.together(state, like)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.train.build import Built, Say, build
 from diptych.train.checkpoint import Checkpoints
+from diptych.train.encoders import check_weights
 from diptych.train.run import reopen
 
 FORMATS = ("lavis", "hf", "diptych")
@@ -164,6 +165,7 @@ def _tower_beside(file: Path, settings: Settings, choices: Choices) -> dict[str,
         settings.image_encoder.weights = chosen
         return io.read(chosen)
     settings.image_encoder = Encoder(name=chosen)
+    check_weights(settings.image_encoder)
     return {}
 
 

@@ -1,4 +1,4 @@
-"""AdamW whose moments take 8 bits a weight instead of 32, by torchao (the extra diptych[torchao]).
+"""AdamW whose moments take 8 bits a weight instead of 32, by torchao (the extra diptych[torchao]), which compiles it.
 
 Moments are kept as codes in blocks of 256 that share a scale (Dettmers et al. 2021, "8-bit Optimizers via Block-wise
 Quantization"). A checkpoint keeps codes and scales, for to quantise anew what they stand for would change last bits.
@@ -60,10 +60,11 @@ def together(parts: dict[str, Tensor], weight: nn.Parameter) -> dict[str, Tensor
     """What `apart` took apart of all that the optimizer knows of `weight`, "step" too."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    if not _is_coded(weight.numel()):
-        return parts
-    state = {"step": parts["step"]}
+    state = {"step": parts["step"]}  # which torchao keeps on the CPU
     for kind, signed in SIGNED.items():
+        if not _is_coded(weight.numel()):
+            state[kind] = parts[kind].to(weight.device)
+            continue
         empty = OptimState8bit.zeros(weight.shape, signed, BLOCK, weight.device, weight.dtype)
         empty.codes.copy_(parts[f"{kind}.codes"])
         empty.scale.copy_(parts[f"{kind}.scale"])

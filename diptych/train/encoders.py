@@ -24,8 +24,7 @@ NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip"
 def image_encoder(chosen: config.Encoder) -> nn.Module:
     """The encoder the settings name, with its weights; frozen where they say so."""
     kind, _, name = chosen.name.partition(":")
-    if chosen.stage is not None and kind not in ("starter", "timm"):
-        raise UserError(f"image_encoder.stage: {chosen.name} has no stages; leave it out")
+    _refuse_unheard(chosen, kind)
     if kind == "starter":
         encoder = starter.image_encoder(chosen.size, chosen.stage)
     elif kind == "timm" and name:
@@ -37,6 +36,23 @@ def image_encoder(chosen: config.Encoder) -> nn.Module:
     else:
         raise UserError(f"image_encoder.name: '{chosen.name}' is none of {NAMES}")
     return freeze(encoder) if chosen.frozen else encoder
+
+
+def check_weights(chosen: config.Encoder) -> None:
+    """`UserError` where a frozen encoder would keep the random numbers that it was made with."""
+    if chosen.frozen and not chosen.weights and chosen.name.startswith(("timm:", "eva", "clip")):
+        raise UserError(
+            f"image_encoder.name={chosen.name} comes without weights, and frozen it would learn none: "
+            "give image_encoder.weights=FILE, or image_encoder.frozen=false data.cache=none"
+        )
+
+
+def _refuse_unheard(chosen: config.Encoder, kind: str) -> None:
+    """What this kind of encoder would not listen to."""
+    takes = {"stage": ("starter", "timm"), "weights": ("timm", "eva", "clip"), "shape": ("eva", "clip")}
+    for setting, kinds in takes.items():
+        if getattr(chosen, setting) is not None and kind not in kinds:
+            raise UserError(f"image_encoder.{setting}: {chosen.name} has none to give; leave it out")
 
 
 def _timm(name: str, chosen: config.Encoder) -> TimmEncoder:

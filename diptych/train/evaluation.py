@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,8 @@ def _evaluate(
     }
     if first:
         with aside(run.folder / "results.json") as file:
-            file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
     if first and report:
         left_out = dict.fromkeys([*skipped.read(run.folder), *faults])
         path = write_report(run.folder / "report.html", report_data(run, found, split, [*left_out]))
@@ -157,7 +159,8 @@ def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
     if found.said:
         rows = scenes.caption_rows(found.said, truth[: len(found.said)])
         found.tables[f"What {len(found.said)} generated captions claim"] = rows
-    rows = scenes.negative_rows(run.model, found.gallery, folder)
+    learned = [name for name in scenes.SCORES if getattr(run.settings.objectives, name.lower())]
+    rows = scenes.negative_rows(run.model, found.gallery, folder, learned)
     if rows:
         found.tables["True caption above one that is false by a word"] = rows
 
@@ -199,13 +202,14 @@ def report_data(run: Run, found: Evaluated, split: str, left_out: Sequence[Fault
     present = [key for key in named if log and key in log[0]]
     told = {key: [float("nan") if row[key] is None else row[key] for row in log] for key in present}
     curves = {named[key]: (steps, values) for key, values in told.items()}
-    batch = run.settings.train.batch
+    batches = [row.get("pictures", run.settings.train.batch) for row in log]
+    unseen = "; no picture of it was trained on" if split != "train" else ": the very pictures that it was trained on"
     return ReportData(
         title=run.folder.name,
         recipe=run.settings.about or run.settings.program,
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        seconds=sum(batch / row["samples_per_second"] for row in log),
-        samples=batch * len(log),
+        seconds=sum(batch / row["samples_per_second"] for batch, row in zip(batches, log, strict=True)),
+        samples=sum(batches),
         losses=curves,
         results=found.results,
         breakdowns=found.tables | _left_out(left_out),
@@ -213,7 +217,7 @@ def report_data(run: Run, found: Evaluated, split: str, left_out: Sequence[Fault
         settings=run.settings.model_dump(mode="json"),
         fingerprints={"model": fingerprint(run.model.model), "image encoder": fingerprint(run.model.image_encoder)},
         next_commands=next_commands(run.folder, found.gallery.records[0].image),
-        notes=[f"Figures are of the split '{split}'; no picture of it was trained on."],
+        notes=[f"Figures are of the split '{split}'{unseen}."],
     )
 
 
@@ -224,7 +228,7 @@ def _left_out(faults: Sequence[Fault]) -> dict[str, list[dict[str, Any]]]:
 
 
 def examples(found: Evaluated) -> list[Example]:
-    """Held-out pictures with their best five captions, half of them right at rank 1 and half not."""
+    """Pictures with their best five captions, half of them right at rank 1 and half not."""
     gallery, count = found.gallery, len(found.said) or len(found.gallery.records)
     best = ranks(found.scores, gallery.text_ids, gallery.ids)[:count].numpy()
     shown = []
@@ -242,8 +246,9 @@ def examples(found: Evaluated) -> list[Example]:
 
 def next_commands(folder: Path, picture: str) -> list[tuple[str, str]]:
     """What a person can type next."""
+    named = f"{shlex.quote(str(folder))} {shlex.quote(picture)}"
     return [
-        (f"diptych caption {folder} {picture}", "say what is on a picture"),
-        (f'diptych match {folder} {picture} "a red circle" "a dog"', "how well texts fit a picture"),
-        ("diptych train flickr8k data.path=captions.json out=runs/mine", "train on your own pictures and captions"),
+        (f"diptych caption {named}", "say what is on a picture"),
+        (f'diptych match {named} "a red circle" "a dog"', "how well texts fit a picture"),
+        ("diptych train photos data.path=captions.json out=runs/mine", "train on your own pictures and captions"),
     ]

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import wraps
 
 import torch
@@ -25,10 +26,11 @@ from diptych.core.surgery import is_frozen
 from diptych.train.program import Program
 
 
-def spread(program: Program, how: str) -> Callable[..., dict[str, Tensor]]:
+def spread(program: Program, how: str, timeout: float) -> Callable[..., dict[str, Tensor]]:
     """The program as it is to be called in each of several processes, with its gradients averaged over them.
 
-    how: "ddp" or "fsdp". In one process it is the program itself. Made before the optimizer.
+    how: "ddp" or "fsdp". timeout: seconds that a process is waited for. In one process it is the program itself. Made
+    before the optimizer.
     """
     if not dist.is_initialized():
         return program
@@ -38,7 +40,8 @@ def spread(program: Program, how: str) -> Callable[..., dict[str, Tensor]]:
     return DistributedDataParallel(
         program,
         device_ids=[place] if place.type == "cuda" else None,
-        process_group=dist.new_group(),  # objectives gather meanwhile, and messages are told apart by their order alone
+        # its own, for objectives gather meanwhile, and messages are told apart by their order alone
+        process_group=dist.new_group(timeout=timedelta(seconds=timeout)),
         find_unused_parameters=not program.trains_all,
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
+from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
 from diptych.data.transforms import normalised
 from diptych.models.blip2 import Stage1Model
@@ -96,7 +97,8 @@ class Stage1(Program):
         super().__init__()
         self.image_encoder, self.model = image_encoder, model
         self.objectives, self.start_id, self.seed = objectives, start_id, seed
-        self.trains_all = all((objectives.itc, objectives.itm, objectives.lm))
+        looks = image_encoder is None or is_frozen(image_encoder)  # another's may have weights that nothing looks at
+        self.trains_all = looks and all((objectives.itc, objectives.itm, objectives.lm))
         self.likeness: dict[str, Tensor] = {}
 
     @torch.no_grad()

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych import config
 from diptych.aside import aside
 from diptych.config import Settings
+from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairSteps
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -28,6 +29,7 @@ from diptych.objectives import gather
 from diptych.train import checkpoint, compiled, cost, eightbit, loop, processes, trackers
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
+from diptych.train.encoders import check_weights
 from diptych.train.failures import keep
 from diptych.train.features import encoded, pictures
 from diptych.train.health import Health
@@ -116,6 +118,7 @@ def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> Made:
         raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
+    _refuse_batch_norms(settings, built.program.image_encoder)
     _warn_of_unknown_words(texts, built, watch)
     built.program.to(device())
     batches = _batches(settings, built, parts["train"], watch, faults)
@@ -146,7 +149,7 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
         torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
         newest = _go_on(kept, program, watch) if begun else None
-        call = spread(program, settings.train.parallel)
+        call = spread(program, settings.train.parallel, settings.train.timeout)
         moves = moves_of(program, settings.train, loop.precision(settings.train.precision, device()))
         if newest is not None:
             checkpoint.load_training(newest, program, moves)
@@ -204,11 +207,13 @@ def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> Path | 
 
 def _fits(settings: Settings) -> None:
     """Refuses what can't be done here, before anything is written."""
+    check_weights(settings.image_encoder)
     train, (_, size) = settings.train, gather.world()
     if train.optimizer == eightbit.NAME:
         eightbit.check()
+        compiled.check(f"train.optimizer={eightbit.NAME}", device())
     if train.compile:
-        compiled.check(device())
+        compiled.check("train.compile", device())
     if train.parallel == "fsdp" and dist.is_initialized():
         if loop.precision(train.precision, device()) == torch.float16:
             raise UserError(
@@ -225,6 +230,18 @@ def _fits(settings: Settings) -> None:
         raise UserError(
             "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
             "encoder would hear nothing of it: give train.accumulate=1, image_encoder.frozen=true or objectives.itm=0"
+        )
+
+
+def _refuse_batch_norms(settings: Settings, encoder: nn.Module | None) -> None:
+    """Of a trained encoder, where they would see parts of a batch."""
+    _, size = gather.world()
+    if encoder is None or is_frozen(encoder) or (size == 1 and settings.train.accumulate == 1):
+        return
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
+        raise UserError(
+            f"image_encoder.name={settings.image_encoder.name} has batch norms, which look at a whole batch: train it "
+            "in one process with train.accumulate=1, or give image_encoder.frozen=true"
         )
 
 
@@ -268,8 +285,10 @@ class Run:
         return self.model.embed_texts(texts)
 
     def match(self, picture, texts: Sequence[str]) -> list[dict[str, float]]:
-        """For each text the cosine (`itc`) and the probability that it belongs to the picture (`itm`)."""
-        return self.model.match(picture, texts)
+        """For each text the cosine (`itc`) and the probability that it belongs to the picture (`itm`), of what the run
+        has learned."""
+        learned = [name for name in ("itc", "itm") if getattr(self.settings.objectives, name)]
+        return [{name: row[name] for name in learned} for row in self.model.match(picture, texts)]
 
     def caption(self, pictures, **options) -> list[str]:
         """What the model says of each picture."""
@@ -352,6 +371,8 @@ def _write_settings(out: Path, settings: Settings) -> None:
     """Last, and at once: a folder that has them is a run."""
     with aside(out / "settings.yaml") as file:
         file.write_text(config.dump(settings), encoding="utf-8")
+        checkpoint.flush(file)
+    checkpoint.flush(out)
 
 
 def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:

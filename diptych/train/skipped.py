@@ -37,7 +37,8 @@ class Skipped:
         new = [fault for fault in dict.fromkeys(faults) if fault not in self.known]
         if new:
             self.known |= dict.fromkeys(new)
-            with self.file.open("a", encoding="utf-8") as lines:
+            # a file name that is no UTF-8 is written as JSON escapes it
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
                 lines.write("\n" if self.cut else "")
                 lines.writelines(json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in new)
             self.cut = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diptych.aside import aside
 from diptych.config import Settings
 from diptych.errors import UserError
 
@@ -55,7 +56,8 @@ class Trackers:
                     f"train.trackers: {name} does not start ({told}); mend that, or leave it out"
                 ) from error
         if known:
-            self.file.write_text(json.dumps(known), encoding="utf-8")
+            with aside(self.file) as file:
+                file.write_text(json.dumps(known), encoding="utf-8")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """row: of log.jsonl; its numbers are told."""

@@ -113,6 +113,7 @@ class Watch:
             **step.losses,
             "lr": step.lr,
             "norm": step.norm,
+            "pictures": batch,
             "samples_per_second": batch / step.seconds,
             "waited": step.waited / step.seconds,
             **(measured or {}),

@@ -78,7 +78,9 @@ def same(run: Path, one: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # AdamW makes much of noise
 
 
-@pytest.mark.parametrize(("size", "how", "chunks", "on_with"), [(2, "ddp", 3, 3), (3, "fsdp", 2, 1)])
+@pytest.mark.parametrize(
+    ("size", "how", "chunks", "on_with"), [(2, "ddp", 3, [(3, "ddp")]), (3, "fsdp", 2, [(1, "ddp"), (2, "fsdp")])]
+)
 def test_any_number_of_processes_trains_the_same_and_goes_on_as_another(home, size, how, chunks, on_with):
     """The batch of 9 is uneven over 2 and over chunks, and ITM and LM take shares of it. What goes on has no chunks."""
     run = home / how
@@ -86,11 +88,12 @@ def test_any_number_of_processes_trains_the_same_and_goes_on_as_another(home, si
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("The run is in") == 1 and "find_unused" not in made.stderr
     same(run, home / "one")
-    shutil.rmtree(run / f"checkpoints/{STEPS:08d}")  # as if it had been killed after 4 steps
-    again = spread(home, on_with, f"out={how}", "--resume", "train.parallel=ddp")
-    assert again.returncode == 0, again.stderr
-    assert "after step 4" in again.stdout
-    same(run, home / "one")
+    for number, parallel in on_with:
+        shutil.rmtree(run / f"checkpoints/{STEPS:08d}")  # as if it had been killed after 4 steps
+        again = spread(home, number, f"out={how}", "--resume", f"train.parallel={parallel}")
+        assert again.returncode == 0, again.stderr
+        assert "after step 4" in again.stdout
+        same(run, home / "one")
 
 
 def test_a_rank_that_meets_a_bad_picture_and_an_objective_that_is_off_hold_nobody_up(home):
@@ -121,9 +124,18 @@ def test_an_evaluation_is_shared_out_to_the_same_results(home):
     assert found[0] == found[1]
 
 
-def test_what_several_processes_cannot_do_is_one_line(home):
-    made = spread(home, 2, "data.cache=memory", "out=never")
-    assert made.returncode != 0 and "give data.cache=disk, which they share" in made.stderr
+@pytest.mark.parametrize(
+    ("size", "asked", "said"),
+    [
+        (2, ["data.cache=memory"], "give data.cache=disk, which they share"),
+        (1, ["train.parallel=fsdp", "train.precision=float16"], "fsdp trains in bfloat16 or float32"),
+        (1, ["train.parallel=fsdp", "train.optimizer=adamw8bit"], "keeps its moments whole"),
+        (2, ["image_encoder.frozen=false", "data.cache=none"], "has batch norms, which look at a whole batch"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_one_line(home, size, asked, said):
+    made = spread(home, size, *asked, "out=never")
+    assert made.returncode != 0 and said in made.stderr
     assert made.stderr.startswith("diptych") and made.stderr.count("Traceback") == 1  # torchrun's own, that one ended
     assert not (home / "never").exists()
 

@@ -8,6 +8,7 @@ since each new process takes seconds to import torch.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_caption(call, home):
     assert right(call("caption", "run", pictures[0], "--beams", 1)).strip() == rows[0]["caption"]
 
 
-def test_match(call, home):
+def test_match(call, home, tmp_path):
     picture = next((home / "pictures" / "images").glob("test_0*.png"))
     rows = json.loads(right(call("match", "run", picture, "a red circle", "ein Hund", "--json")))
     assert [row["text"] for row in rows] == ["a red circle", "ein Hund"]
@@ -116,6 +117,12 @@ def test_match(call, home):
     shown = right(call("match", "run", picture, "a red circle", "ein Hund")).splitlines()
     assert shown[0].split() == ["ITM", "ITC", "text"] and len(shown) == 3
     assert shown[1] == f"{rows[0]['itm']:>7.1%} {rows[0]['itc']:>7.3f}  a red circle"
+    shutil.copytree(home / "run", tmp_path / "run")  # one that has not learned ITM
+    settings = (home / "run" / "settings.yaml").read_text()
+    assert "  itm: 1.0\n" in settings
+    (tmp_path / "run" / "settings.yaml").write_text(settings.replace("  itm: 1.0\n", "  itm: 0.0\n"))
+    shown = right(call("match", tmp_path / "run", picture, "a red circle")).splitlines()
+    assert shown == ["    ITC  text", f"{rows[0]['itc']:>7.3f}  a red circle"]
 
 
 def test_convert_to_lavis_and_back(call, home, tmp_path):

@@ -50,7 +50,9 @@ def test_a_key_of_a_recipe_is_checked_like_one_of_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["train.batch=many", "train.batch=1", "train.lr=fast", "data.cache=tape", "train.betas=0.9", "train=4"]
+    "override",
+    ["train.batch=many", "train.batch=1", "train.lr=fast", "data.cache=tape", "train.betas=0.9", "train=4"]
+    + ["train.seed=-1", "train.betas=[1,0.98]"],
 )
 def test_a_wrong_value_names_key_and_value(override):
     key, _, value = override.partition("=")
@@ -128,3 +130,16 @@ def test_recipes_are_found_without_a_folder(tmp_path):
     ).stdout.split()  # fmt: skip
     assert "package.zip" in found[0]
     assert found[1:] == [*config.recipes(), "runs/demo"]
+
+
+def test_a_key_given_twice_is_refused():
+    said = mistake("demo", "data.path=a-00.tar", "train.batch=8", "data.path=a-01.tar")
+    assert said.startswith("'data.path' is given 2 times") and "quotes" in said
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["data.path=~/a.json", "data.also={~/b.json: 2}", "out=~/run", "qformer.start=~/bert", "data.images=./~"]
+    found = config.load("demo", typed)
+    assert (found.data.path, found.out, found.qformer.start) == ("/home/me/a.json", "/home/me/run", "/home/me/bert")
+    assert found.data.also == {"/home/me/b.json": 2} and found.data.images == "./~"

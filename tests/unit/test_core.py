@@ -251,6 +251,17 @@ def test_halves_are_trained_as_the_fused_kernel_would(half, biased):
         assert (exact - rounded).abs().max() < 0.03 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_dropout_falls_alike_with_gradients_and_without(dtype):
+    """A step in chunks encodes twice, first without."""
+    found = []
+    for learns in (False, True):
+        q, k, v = (numbers(2, 2, 5, 4, seed=i).to(dtype).requires_grad_(learns) for i in range(3))
+        torch.manual_seed(1)
+        found.append(attend(q, k, v, dropout=0.5).detach())
+    assert torch.equal(*found) and (found[0] == 0).any()
+
+
 def test_a_padded_row_does_not_spoil_its_batch():
     """The whole stack: a text without one real token beside a real one."""
     model = drawn(TextModel(TextConfig(StackConfig(8, 2, 2, 16, norm="post"), 11, 8)))

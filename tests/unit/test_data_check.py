@@ -82,7 +82,9 @@ def test_lines_fit_80_columns_and_stop_at_20_faults(tmp_path, broken):
     noisy(tmp_path / "a.jpg")
     (tmp_path / "many.csv").write_text("image,caption\na.jpg,x\n" + "a.jpg,\n" * 25)
     lines = check(tmp_path / "many.csv").lines()
-    assert sum(line.startswith("- ") for line in lines) == 20 and "  and 5 more" in lines
+    assert sum(line.startswith("- ") for line in lines) == 20 and "  and 5 more; --all lists them" in lines
+    lines = check(tmp_path / "many.csv").lines(None)
+    assert sum(line.startswith("- ") for line in lines) == 25 and not any("more" in line for line in lines)
     assert any(line.split() == ["25", "bad", "caption"] for line in lines)
 
 

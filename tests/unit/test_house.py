@@ -35,7 +35,7 @@ ORDER = (
 # These may be imported by all; config tells its mistakes through errors, the others know nobody.
 GROUND = {"errors": set(), "aside": set(), "config": {"errors"}}
 FACADE = {"UserError", "__version__"}  # what `from diptych import …` may fetch inside the package
-HEAVY = {"torch", "torchvision", "torchdata", "transformers", "timm", "tensorboard", "matplotlib", "pandas", "scipy"}
+HEAVY = {"torch", "torchvision", "transformers", "timm", "tensorboard", "matplotlib", "pandas", "scipy"}
 
 
 def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:

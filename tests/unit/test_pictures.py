@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections import Counter
@@ -118,6 +119,8 @@ BAD = {
     "zeros.jpg": (lambda f: f.write_bytes(bytes(5000)), "not a picture"),
     "head.jpg": (lambda f: f.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"), "truncated picture"),
     "bomb.png": (bomb, "picture too large"),
+    "rule.png": (lambda f: Image.new("L", (20_100, 100)).save(f), "picture too narrow"),
+    "program.jpg": (lambda f: plain().save(f, format="EPS"), "not a picture"),  # Ghostscript would have to run it
 }
 
 
@@ -207,6 +210,24 @@ def test_a_clean_file_is_proposed(mixed, tmp_path):
     again = check(tmp_path / "clean.jsonl", images="/")
     assert not again.faults and again.pictures == len(GOOD) + len(GREY) + 2  # turned.jpg; plain.png under a second id
     assert [r.captions for r in read(tmp_path / "clean.jsonl", images="/")] == [r.captions for r in report.sound]
+
+
+def test_a_name_that_is_no_utf_8_is_a_name(tmp_path):
+    """Of a picture in a folder, whose id it is too."""
+    folder = os.fsencode(tmp_path / "folder")
+    os.mkdir(folder)
+    for name in (b"caf\xe9", b"plain"):
+        plain().save(tmp_path / "one.png")
+        os.rename(tmp_path / "one.png", folder + b"/" + name + b".png")
+        Path(os.fsdecode(folder + b"/" + name + b".txt")).write_text(f"this is {len(name)}")
+    report = check(tmp_path / "folder")
+    assert len(report.sound) == 2 and not report.faults
+    write_clean({None: report.sound}, tmp_path / "clean.jsonl")
+    again = read(tmp_path / "clean.jsonl", images="/")
+    assert [r.image for r in again] == [r.image for r in report.sound]
+    words = Tokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "is"])
+    batch = PairSteps(again, Files(again, [transform(SPEC)]), words, batch=2, max_tokens=8)[0]
+    assert len(set(batch.image_id.tolist())) == 2
 
 
 def test_a_clean_file_keeps_splits(mixed, tmp_path):

@@ -184,8 +184,8 @@ def test_folder_with_one_file_or_one_of_the_split(tmp_path):
     assert len(read(tmp_path, split="val")) == 1 and len(read(tmp_path / "val.csv", split="val")) == 1
     assert splits(tmp_path) == ("train", "val")
     message = said(tmp_path)
-    assert "train.json, val.csv" in message and "data.train=" in message
-    assert "data.test=" in said(tmp_path, split="test")
+    assert "train.json, val.csv" in message and "data.train=train, or --split train" in message
+    assert "data.test=train" in said(tmp_path, split="test")
 
 
 def test_folder_of_the_split(tmp_path):
@@ -194,6 +194,9 @@ def test_folder_of_the_split(tmp_path):
     write(tmp_path / "val/captions.csv", "image,caption\nb.jpg,y\n")
     assert [record.image_id for record in read(tmp_path, split="train")] == ["a.jpg"]
     assert [record.captions for record in read(tmp_path, split="val")] == [("y",)]
+    assert splits(tmp_path) == ("train", "val") and splits(tmp_path / "train") == ()
+    (tmp_path / "val").rename(tmp_path / "bus")  # "train" is then as likely a kind of vehicle
+    assert splits(tmp_path) == ()
 
 
 def test_formats_can_be_named(tmp_path):

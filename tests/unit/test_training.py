@@ -89,6 +89,7 @@ def moments(moves: Moves) -> dict[str, Tensor]:
 
 def test_a_frozen_encoder_keeps_its_bits_and_has_no_part_in_training():
     made = program(dropout=0.5)
+    assert made.trains_all and not program(frozen=False).trains_all  # which may hold weights that nothing looks at
     encoder, model = bits(made.image_encoder), bits(made.model)
     moves = trained(made)
     assert alike(bits(made.image_encoder), encoder) and not alike(bits(made.model), model)

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diptych.checkpoints import starter
+from diptych.config import Encoder
 from diptych.core.config import StackConfig
 from diptych.data.transforms import VIEWS, normalised, transform, views
 from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionConfig, VisionTransformer, places
+from diptych.train.encoders import check_weights, image_encoder
 
 
 def pixels(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -150,3 +152,23 @@ def test_an_earlier_map_of_a_convolution_tower():
 def test_a_stage_that_is_not_there_is_said(name, stage):
     with pytest.raises(UserError, match=r"image_encoder.stage: .*(has the stages 0 to|is no convolution tower)"):
         TimmEncoder(name, size=160 if "vit" in name else 64, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("weights", "starter"), ("weights", "hf:folder"), ("shape", "timm:test_vit"), ("stage", "eva")],
+)
+def test_what_an_encoder_would_not_hear_is_refused(setting, name):
+    shape = {"width": 8, "layers": 1, "heads": 2, "patch": 4, "mlp": 8}
+    given = {"weights": "mine.pth", "shape": shape, "stage": 3}[setting]
+    with pytest.raises(UserError, match=f"image_encoder.{setting}: {name} has none to give"):
+        image_encoder(Encoder.model_validate({"name": name, setting: given}))
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "eva", "clip"])
+def test_a_frozen_encoder_wants_weights(name):
+    with pytest.raises(UserError, match=f"{name} comes without weights"):
+        check_weights(Encoder(name=name))
+    check_weights(Encoder(name=name, frozen=False))
+    check_weights(Encoder(name=name, weights="mine.pth"))
+    check_weights(Encoder())

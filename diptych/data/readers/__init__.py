@@ -10,7 +10,7 @@ from diptych.data.readers import schemas
 from diptych.data.readers.faults import Collecting, Fault, Listener, Strict
 from diptych.data.readers.gather import Places, gather, place
 from diptych.data.readers.schemas import Parse, Row
-from diptych.data.readers.shards import labelled, shards
+from diptych.data.readers.shards import USUAL, labelled, shards
 from diptych.data.readers.source import (
     FORMATS,
     SUFFIXES,
@@ -72,17 +72,20 @@ def splits(path: str | Path, *, format: str = "auto") -> tuple[str, ...]:
     """The splits that a data set names, in order of appearance; empty where it has none, and wants a hold-out.
 
     These are the labels of a file's rows, or the names (train, val, test, …) of the files that a folder holds, or what
-    its shards' names begin with.
+    its shards' names begin with, or two and more of its sub-folders that have the usual names of splits.
     """
     folder = Path(path).expanduser()
     if tars := shard_files(folder, format):
         return _distinct(label for _, label in labelled(tars))
     if found := table_files(folder, format):
         return _distinct(labels_of(found))
-    if folder.is_dir() and format != "folder":
-        files = annotation_files(folder)
+    if folder.is_dir():
+        files = annotation_files(folder) if format != "folder" else []
         if len(files) > 1:
             return tuple(file.stem for file in files)
+        named = tuple(name for name in USUAL if (folder / name).is_dir())
+        if not files and len(named) > 1:
+            return named
     file = locate(path, None, format)
     parse = Parse(file, Collecting())  # faults are told by whoever reads the rows
     for _ in _rows(parse, format):

@@ -60,7 +60,7 @@ def locate(path: str | Path, split: str | None, format: str) -> Path:
         return _sub_folder(path, split) or path
     if path.is_file():
         if format == "auto" and path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path} has a suffix unknown here: give one of {', '.join(SUFFIXES)}, or say format=")
+            raise UserError(f"{path} has a suffix unknown here: give one of {', '.join(SUFFIXES)}")
         return path
     kinds = FORMATS[format] if format != "auto" else tuple(SUFFIXES.values())
     files = annotation_files(path, kinds)
@@ -70,8 +70,8 @@ def locate(path: str | Path, split: str | None, format: str) -> Path:
         return locate(path / str(split), None, format)
     if len(found) > 1:
         names = listed([file.name for file in found])
-        raise UserError(f"{path} holds several annotations files ({names}): name one, as data.{split or 'train'}="
-                        f"{found[0]}")  # fmt: skip
+        first = f"data.{split if split in ('val', 'test') else 'train'}={found[0].stem}, or --split {found[0].stem}"
+        raise UserError(f"{path} holds several annotations files ({names}): name one as the split: {first}")
     if not found and format != "auto":
         suffixes = " or ".join(suffix for suffix, kind in SUFFIXES.items() if kind in kinds)
         raise UserError(f"{path} holds no {suffixes} file to read as format '{format}'")
