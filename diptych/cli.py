@@ -204,8 +204,16 @@ def _scaled(value: float, unit: str) -> str:
     type=click.Choice(["meteor", "spice"]),
     help="Of captions; runs on Java.",
 )
+@click.option("--views", type=click.IntRange(1, 6), help="Of each picture, averaged; default: the run's.")
 @click.option("--no-report", is_flag=True, help="Write results.json, and no report.html.")
-def evaluate(run: Path, split: str | None, rerank: int | None, java_metrics: tuple[str, ...], no_report: bool) -> None:
+def evaluate(
+    run: Path,
+    split: str | None,
+    rerank: int | None,
+    java_metrics: tuple[str, ...],
+    views: int | None,
+    no_report: bool,
+) -> None:
     """Evaluate RUN on a held-out split, and write its report.
 
     Retrieval by ITC and re-ranked by ITM, generated captions, and chance beside each figure.
@@ -213,7 +221,7 @@ def evaluate(run: Path, split: str | None, rerank: int | None, java_metrics: tup
     _check_run(run)
     from diptych.train.evaluation import evaluate
 
-    evaluate(run, split=split, rerank=rerank, report=not no_report, say=click.echo, java_metrics=java_metrics)
+    evaluate(run, split, rerank, views, report=not no_report, say=click.echo, java_metrics=java_metrics)
 
 
 @cli.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -163,12 +164,14 @@ class Train(Section):
 class Evaluation(Section):
     """What `diptych eval` measures on held-out pictures.
 
+    views: of each picture, as data.views has them, whose scores are averaged; captions are of the picture itself.
     rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM's log odds and ITC over its
     temperature, by ITM alone, or by ITM + ITC as LAVIS does. captions: how many pictures are captioned; beams: 1 =
     greedy. java_metrics: "meteor", "spice", of captions, by Java. limit: pictures evaluated, None = all.
     """
 
     limit: int | None = Field(None, gt=0)
+    views: int = Field(1, ge=1, le=6)
     rerank: int = Field(16, ge=0)
     combine: Literal["itm+itc/t", "itm", "itm+itc"] = "itm+itc/t"
     captions: int = Field(100, ge=0)
@@ -226,12 +229,12 @@ def _with(overrides: Sequence[str], tree: Any, where: str) -> Settings:
 
 
 def _once(overrides: Sequence[str]) -> None:
-    """Refuses a key that is given twice, which a shell does to `data.path=train-{00..12}.tar`."""
+    """Refuses a key twice in a row, which a shell makes of `data.path=train-{00..12}.tar`. Else the last one wins."""
     given = [override.partition("=")[0] for override in overrides]
-    for key in given:
-        if given.count(key) > 1:
-            why = "give it once, and a pattern with braces in quotes, or the shell makes many of it"
-            raise UserError(f"'{key}' is given {given.count(key)} times: {why}")
+    for key, following in pairwise(given):
+        if key == following:
+            raise UserError(f"'{key}' is given twice in a row: a pattern with braces wants quotes, or the shell makes "
+                            "many of it")  # fmt: skip
 
 
 def parse(tree: Any, where: str) -> Settings:

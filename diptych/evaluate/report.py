@@ -22,7 +22,6 @@ import numpy as np
 
 from diptych.aside import aside
 from diptych.data.files import read
-from diptych.data.pictures import formats
 from diptych.errors import UserError
 
 Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]  # steps, values
@@ -252,6 +251,8 @@ def _card(example: Example, side: int) -> dict[str, Any]:
 def _thumbnail(picture: Any, side: int) -> str | None:
     """The picture as a JPEG data URI, at most `side` px on its longer side; None when it can't be read."""
     from PIL import Image, ImageOps
+
+    from diptych.data.pictures import formats
 
     try:
         if isinstance(picture, Image.Image):

@@ -46,12 +46,14 @@ class Protocol:
         "itm+itc/t" (matching logit and similarity over the temperature). ITM learns to tell a pair from negatives that
         are drawn by softmax(ITC / temperature), so this last sum is the log odds of a pair against all others.
     rerank_top: how many of ITC's best are re-ranked, for all but "itc"; None scores every pair.
+    views: of each picture, whose scores are averaged.
     """
 
     captions: int | Literal["all"]
     pictures: int
     ranked_by: RankedBy = "itc"
     rerank_top: int | None = None
+    views: int = 1
 
     def __post_init__(self) -> None:
         known = get_args(RankedBy)
@@ -69,13 +71,20 @@ class Protocol:
             raise UserError(f"rerank_top: {self.rerank_top}, but at least 1 candidate must be re-ranked")
 
     @classmethod
-    def of(cls, image_ids: Ids, text_image_ids: Ids, ranked_by: RankedBy = "itc", top: int | None = None) -> Protocol:
+    def of(
+        cls,
+        image_ids: Ids,
+        text_image_ids: Ids,
+        ranked_by: RankedBy = "itc",
+        top: int | None = None,
+        views: int = 1,
+    ) -> Protocol:
         """The protocol of a gallery, read off the ids of its pictures (I,) and of its texts' pictures (T,)."""
         pictures, texts = Counter(_listed(image_ids)), Counter(_listed(text_image_ids))
         each = {texts[name] / count for name, count in pictures.items()}
         k = each.pop() if len(each) == 1 else 0.0
         captions: int | Literal["all"] = int(k) if k >= 1 and k == int(k) else "all"
-        return cls(captions, pictures.total(), ranked_by, top)
+        return cls(captions, pictures.total(), ranked_by, top, views)
 
     def __str__(self) -> str:
         captions = "all captions" if self.captions == "all" else _counted(self.captions, "caption")
@@ -84,7 +93,8 @@ class Protocol:
             how = f"top {self.rerank_top} by ITC re-ranked by {by}"
         else:
             how = f"ranked by {by}" if self.ranked_by == "itc" else f"every pair ranked by {by}"
-        return f"1 picture : {captions}, {_counted(self.pictures, 'picture')}, {how}"
+        seen = f" in {self.views} views each" if self.views > 1 else ""
+        return f"1 picture : {captions}, {_counted(self.pictures, 'picture')}{seen}, {how}"
 
 
 class Reranked(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diptych.aside import aside
+from diptych.config import Evaluation
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -57,6 +58,7 @@ def evaluate(
     folder: str | Path,
     split: str | None = None,
     rerank: int | None = None,
+    views: int | None = None,
     report: bool = True,
     say: Callable[[str], None] = print,
     java_metrics: Sequence[str] = (),
@@ -65,36 +67,32 @@ def evaluate(
     report.html. Where torchrun started several processes they share the work, to the same results.
 
     split: "train", "val" or "test"; test when None, or val where there is none. rerank: how many candidates ITM
-    re-ranks; the recipe's when None. java_metrics: "meteor", "spice"; the recipe's when empty.
+    re-ranks; views: of each picture; java_metrics: "meteor", "spice", of captions. The recipe's where not given.
     """
-    java.check(java_metrics)
-    with processes.joined(settings_of(Path(folder)).train.timeout):
-        return _evaluate(load(folder), split, rerank, report, say, java_metrics)
+    settings = settings_of(Path(folder))
+    asked = {"rerank": rerank, "views": views, "java_metrics": [*java_metrics] or None}
+    chosen = settings.evaluation.model_copy(update={name: it for name, it in asked.items() if it is not None})
+    java.check(chosen.java_metrics)
+    with processes.joined(settings.train.timeout):
+        return _evaluate(load(folder), split, chosen, report, say)
 
 
 def _evaluate(
-    run: Run,
-    split: str | None,
-    rerank: int | None,
-    report: bool,
-    say: Callable[[str], None],
-    java_metrics: Sequence[str],
+    run: Run, split: str | None, chosen: Evaluation, report: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
     first = processes.is_first()
     watch = Watch(run.folder, say=say) if first else Silent(run.folder)
-    java_metrics = java_metrics or run.settings.evaluation.java_metrics
-    java.check(java_metrics)
     faults: list[Fault] = []
     parts = splits(run.settings, faults=faults)
     split = split or ("test" if "test" in parts else "val")
     if split not in parts:
         raise UserError(f"{run.folder}: the run has no split '{split}'; it has {', '.join(parts)}")
-    found = figures(run, parts[split], rerank, watch, faults, java_metrics)
+    found = figures(run, parts[split], chosen, watch, faults)
     for result in found.results:
         for line in ["", *summary_lines(result)]:
             watch.say(line)
     if scenes.is_scenes(run.settings.data.path) and split == "test":
-        _unseen(run, found, watch)
+        _unseen(run, found, chosen, watch)
     for title, rows in found.tables.items():
         for line in ["", title, *table_lines(rows)]:
             watch.say(line)
@@ -119,22 +117,20 @@ def _evaluate(
 def figures(
     run: Run,
     records: Sequence[Record],
-    rerank: int | None,
+    chosen: Evaluation,
     watch: Watch,
     faults: list[Fault],
-    java_metrics: Sequence[str] = (),
 ) -> Evaluated:
     """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells. `faults` hears of pictures
     that can't be used."""
-    chosen, folder = run.settings.evaluation, run.settings.data.path
+    folder, encoder = run.settings.data.path, run.model.image_encoder
     records = records[: chosen.limit]
-    records, tokens = features.encoded(
-        run.settings, run.model.image_encoder, records, watch, "held-out pictures", faults
-    )
-    gallery = Gallery.of(records, tokens)
+    what = "held-out pictures"
+    records, tokens = features.encoded(run.settings, encoder, records, watch, what, faults, chosen.views)
+    gallery = Gallery.of(records, tokens, chosen.views)
     scores = galleries.similarities(run.model, gallery)
     found = Evaluated(gallery, scores, [galleries.by_itc(scores, gallery)])
-    top = min(chosen.rerank if rerank is None else rerank, len(gallery.texts))
+    top = min(chosen.rerank, len(gallery.texts))
     if top and run.settings.objectives.itm:
         watch.say(f"re-ranking each query's top {top}")
         found.results.append(galleries.reranked(run.model, gallery, scores, top, chosen.combine)[0])
@@ -143,7 +139,7 @@ def figures(
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
         found.said = galleries.captions(run.model, gallery, count, search)
         references = [record.captions for record in records[:count]]
-        rows = gather.shared([found.said], lambda said: captioning.score_rows(said, references, java_metrics))
+        rows = gather.shared([found.said], lambda said: captioning.score_rows(said, references, chosen.java_metrics))
         found.tables["Captions beside their references"] = rows[0]
     if scenes.is_scenes(folder):
         _scene_figures(run, found, str(folder))
@@ -165,12 +161,13 @@ def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
         found.tables["True caption above one that is false by a word"] = rows
 
 
-def _unseen(run: Run, found: Evaluated, watch: Watch) -> None:
+def _unseen(run: Run, found: Evaluated, chosen: Evaluation, watch: Watch) -> None:
     """Adds a table that sets pictures with colour–shape pairs never trained on beside the others."""
     folder = str(run.settings.data.path)
     if "test_unseen" not in readers.splits(folder):
         return
-    other = figures(run, readers.read(folder, split="test_unseen"), 0, watch, [])
+    plain = chosen.model_copy(update={"rerank": 0})
+    other = figures(run, readers.read(folder, split="test_unseen"), plain, watch, [])
     rows = []
     for name, part in (("seen", found), ("unseen", other)):
         row: dict[str, Any] = {"colour–shape pairs": name, "pictures": len(part.gallery.records)}

@@ -43,11 +43,17 @@ def pictures(
 
 
 def encoded(
-    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, what: str, faults: list[Fault]
+    settings: Settings,
+    encoder: nn.Module,
+    records: Sequence[Record],
+    watch: Watch,
+    what: str,
+    faults: list[Fault],
+    each: int = 1,
 ) -> tuple[list[Record], Tensor]:
-    """The records whose pictures can be used, and their image tokens (n, N, D) by a frozen encoder, with progress told.
-    The faults of the others are added to `faults`."""
-    files = Files(records, views(encoder.spec, 1), settings.data.on_bad == "skip")
+    """The records whose pictures can be used, and their image tokens (n · each, N, D), `each` views of a picture, by a
+    frozen encoder, with progress told. The faults of the others are added to `faults`."""
+    files = Files(records, views(encoder.spec, each), settings.data.on_bad == "skip")
     kept, tokens = _encoded(settings, encoder, files, watch, what, faults)
     return kept, tokens if isinstance(tokens, Tensor) else tokens[torch.arange(len(tokens))]
 

@@ -125,16 +125,16 @@ def test_an_evaluation_is_shared_out_to_the_same_results(home):
 
 
 @pytest.mark.parametrize(
-    ("size", "asked", "said"),
+    ("asked", "said"),
     [
-        (2, ["data.cache=memory"], "give data.cache=disk, which they share"),
-        (1, ["train.parallel=fsdp", "train.precision=float16"], "fsdp trains in bfloat16 or float32"),
-        (1, ["train.parallel=fsdp", "train.optimizer=adamw8bit"], "keeps its moments whole"),
-        (2, ["image_encoder.frozen=false", "data.cache=none"], "has batch norms, which look at a whole batch"),
+        (["data.cache=memory"], "give data.cache=disk, which they share"),
+        (["train.parallel=fsdp", "train.precision=float16"], "fsdp trains in bfloat16 or float32"),
+        (["train.parallel=fsdp", "train.optimizer=adamw8bit"], "keeps its moments whole"),
+        (["image_encoder.frozen=false", "data.cache=none"], "has batch norms, which look at a whole batch"),
     ],
 )
-def test_what_several_processes_cannot_do_is_one_line(home, size, asked, said):
-    made = spread(home, size, *asked, "out=never")
+def test_what_several_processes_cannot_do_is_one_line(home, asked, said):
+    made = spread(home, 2, *asked, "out=never")
     assert made.returncode != 0 and said in made.stderr
     assert made.stderr.startswith("diptych") and made.stderr.count("Traceback") == 1  # torchrun's own, that one ended
     assert not (home / "never").exists()

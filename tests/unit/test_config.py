@@ -52,12 +52,16 @@ def test_a_key_of_a_recipe_is_checked_like_one_of_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "override",
     ["train.batch=many", "train.batch=1", "train.lr=fast", "data.cache=tape", "train.betas=0.9", "train=4"]
-    + ["train.seed=-1", "train.betas=[1,0.98]"],
+    + ["train.seed=-1"],
 )
 def test_a_wrong_value_names_key_and_value(override):
     key, _, value = override.partition("=")
     said = mistake("demo", override)
     assert f"'{key}" in said and (value in said or "no such setting" in said)
+
+
+def test_betas_are_shares():
+    assert mistake("demo", "train.betas=[1,0.98]") == "demo: 'train.betas.0': input should be less than 1, not 1"
 
 
 def test_values_are_typed():
@@ -132,9 +136,10 @@ def test_recipes_are_found_without_a_folder(tmp_path):
     assert found[1:] == [*config.recipes(), "runs/demo"]
 
 
-def test_a_key_given_twice_is_refused():
-    said = mistake("demo", "data.path=a-00.tar", "train.batch=8", "data.path=a-01.tar")
-    assert said.startswith("'data.path' is given 2 times") and "quotes" in said
+def test_what_a_shell_makes_of_braces_is_refused():
+    said = mistake("demo", "train.batch=8", "data.path=a-00.tar", "data.path=a-01.tar")
+    assert said.startswith("'data.path' is given twice in a row") and "quotes" in said
+    assert config.load("demo", ["data.path=a", "train.batch=8", "data.path=b"]).data.path == "b"
 
 
 def test_a_path_may_begin_at_home(monkeypatch):

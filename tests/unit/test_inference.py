@@ -78,6 +78,20 @@ def test_matching_a_picture_agrees_with_matching_pairs(model, pictures, gallery)
     assert pairs.std() > 1e-3  # or anything would agree
 
 
+def test_scores_of_a_picture_in_several_views_are_their_means(model, gallery):
+    other = gallery.tokens.roll(1, 0)
+    both = Gallery.of(gallery.records, torch.stack([gallery.tokens, other], 1).flatten(0, 1), views=2)
+    apart = [gallery, Gallery.of(gallery.records, other)]
+    scores = galleries.similarities(model, both)
+    torch.testing.assert_close(scores, sum(galleries.similarities(model, one) for one in apart) / 2)
+    rows = torch.tensor([4, 0, 2]), torch.tensor([1, 7, 3])
+    wanted = sum(galleries.pair_scorer(model, one)(*rows) for one in apart) / 2
+    torch.testing.assert_close(galleries.pair_scorer(model, both)(*rows), wanted, rtol=0, atol=1e-5)
+    short = Search(max_length=6)
+    assert galleries.captions(model, both, 3, short) == galleries.captions(model, gallery, 3, short)
+    assert "5 pictures in 2 views each, ranked by ITC" in galleries.by_itc(scores, both, 0)["protocol"]
+
+
 def test_the_likelihood_of_a_caption_is_that_of_its_words_one_by_one(model, gallery):
     rows = torch.arange(5).repeat_interleave(len(TEXTS))
     memory = model.project(gallery.tokens)

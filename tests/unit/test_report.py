@@ -139,7 +139,7 @@ def test_what_a_user_wrote_is_text_and_never_markup(tmp_path):
 def test_right_answers_are_marked_by_more_than_colour(tmp_path):
     page = Page(rp.write_report(tmp_path / "report.html", full()))
     assert len(page.with_class("is-right")) == 1 and len(page.with_class("is-wrong-first")) == 1
-    marks = page.text.split("Held-out pictures")[1].split("Right at rank 1")[1]
+    marks = page.text.split("Pictures and what is said of them")[1].split("Right at rank 1")[1]
     assert marks.count("✓") == marks.count("right:") == 1
     assert marks.count("✗") == marks.count("wrong:") == 9
     assert marks.index("✓") < marks.index("Wrong at rank 1")
