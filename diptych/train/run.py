@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from diptych import config
 from diptych.aside import aside
 from diptych.config import Settings
-from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairSteps
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -26,10 +24,9 @@ from diptych.errors import UserError
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
 from diptych.objectives import gather
-from diptych.train import checkpoint, compiled, cost, eightbit, loop, processes, trackers
+from diptych.train import checkpoint, compiled, cost, loop, processes, refusals
 from diptych.train.build import Built, build, splits
 from diptych.train.checkpoint import Checkpoints
-from diptych.train.encoders import check_weights
 from diptych.train.failures import keep
 from diptych.train.features import encoded, pictures
 from diptych.train.health import Health
@@ -70,7 +67,6 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
     torchrun, it trains in all the processes that there are.
     """
     with processes.joined(settings.train.timeout):
-        trackers.check(settings.train.trackers)
         kind = Watch if processes.is_first() else Silent
         told = watch or kind(Path(settings.out), settings.train.log_every, trackers=Trackers(settings))
         return _train(settings, told, resume)
@@ -78,7 +74,7 @@ def train(settings: Settings, watch: Watch | None = None, resume: bool = False) 
 
 def _train(settings: Settings, watch: Watch, resume: bool) -> Path:
     out = Path(settings.out)
-    _fits(settings)
+    refusals.check(settings)
     begun = _begun(out, settings, resume)
     processes.wait()  # all have looked before one writes
     faults: list[Fault] = []
@@ -118,7 +114,7 @@ def _made(settings: Settings, watch: Watch, faults: list[Fault]) -> Made:
         raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
-    _refuse_batch_norms(settings, built.program.image_encoder)
+    refusals.check_encoder(settings, built.program.image_encoder)
     _warn_of_unknown_words(texts, built, watch)
     built.program.to(device())
     batches = _batches(settings, built, parts["train"], watch, faults)
@@ -203,46 +199,6 @@ def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> Path | 
     watch.say(f"going on from {folder}, after step {state['step']}")
     watch.start = state["step"]
     return folder
-
-
-def _fits(settings: Settings) -> None:
-    """Refuses what can't be done here, before anything is written."""
-    check_weights(settings.image_encoder)
-    train, (_, size) = settings.train, gather.world()
-    if train.optimizer == eightbit.NAME:
-        eightbit.check()
-        compiled.check(f"train.optimizer={eightbit.NAME}", device())
-    if train.compile:
-        compiled.check("train.compile", device())
-    if train.parallel == "fsdp" and dist.is_initialized():
-        if loop.precision(train.precision, device()) == torch.float16:
-            raise UserError(
-                "train.parallel=fsdp trains in bfloat16 or float32: give train.precision, or train.parallel=ddp"
-            )
-        if train.optimizer == eightbit.NAME:
-            raise UserError(f"train.optimizer={eightbit.NAME} keeps its moments whole: give train.parallel=ddp")
-    if size > 1 and settings.data.cache == "memory":
-        raise UserError(
-            f"data.cache=memory would make and hold all features in each of {size} processes: "
-            "give data.cache=disk, which they share, or data.cache=none"
-        )
-    if size > 1 and settings.train.accumulate > 1 and settings.objectives.itm and not settings.image_encoder.frozen:
-        raise UserError(
-            "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
-            "encoder would hear nothing of it: give train.accumulate=1, image_encoder.frozen=true or objectives.itm=0"
-        )
-
-
-def _refuse_batch_norms(settings: Settings, encoder: nn.Module | None) -> None:
-    """Of a trained encoder, where they would see parts of a batch."""
-    _, size = gather.world()
-    if encoder is None or is_frozen(encoder) or (size == 1 and settings.train.accumulate == 1):
-        return
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
-        raise UserError(
-            f"image_encoder.name={settings.image_encoder.name} has batch norms, which look at a whole batch: train it "
-            "in one process with train.accumulate=1, or give image_encoder.frozen=true"
-        )
 
 
 def _batches(

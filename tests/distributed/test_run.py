@@ -124,18 +124,9 @@ def test_an_evaluation_is_shared_out_to_the_same_results(home):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        (["data.cache=memory"], "give data.cache=disk, which they share"),
-        (["train.parallel=fsdp", "train.precision=float16"], "fsdp trains in bfloat16 or float32"),
-        (["train.parallel=fsdp", "train.optimizer=adamw8bit"], "keeps its moments whole"),
-        (["image_encoder.frozen=false", "data.cache=none"], "has batch norms, which look at a whole batch"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_one_line(home, asked, said):
-    made = spread(home, 2, *asked, "out=never")
-    assert made.returncode != 0 and said in made.stderr
+def test_what_several_processes_cannot_do_is_one_line(home):
+    made = spread(home, 2, "data.cache=memory", "out=never")
+    assert made.returncode != 0 and "give data.cache=disk, which they share" in made.stderr
     assert made.stderr.startswith("diptych") and made.stderr.count("Traceback") == 1  # torchrun's own, that one ended
     assert not (home / "never").exists()
 

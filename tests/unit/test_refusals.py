@@ -1,0 +1,38 @@
+"""What is refused before a run is begun. (What a person reads of it, and that nothing is written: test_run.py.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+
+from diptych import config
+from diptych.errors import UserError
+from diptych.train import refusals
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["train.precision=float16"], "fsdp trains in bfloat16 or float32"),
+        (["train.optimizer=adamw8bit"], "keeps its moments whole"),
+    ],
+)
+def test_what_spread_weights_cannot_do(asked, said):
+    settings = config.load("demo", ["train.parallel=fsdp", *asked])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=said):
+            refusals.check(settings)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_batch_norms_of_a_trained_encoder_want_the_whole_batch():
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    whole, parts = config.load("demo"), config.load("demo", ["train.accumulate=2"])
+    refusals.check_encoder(whole, encoder)
+    with pytest.raises(UserError, match="has batch norms, which look at a whole batch"):
+        refusals.check_encoder(parts, encoder)
+    refusals.check_encoder(parts, encoder.requires_grad_(False))
+    refusals.check_encoder(parts, nn.Conv2d(3, 4, 1))
