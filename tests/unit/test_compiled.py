@@ -46,7 +46,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients_at_any_length(backen
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
     for (loss, gradients), (other, others) in zip(before, after, strict=True):
         assert other == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
 def test_a_block_is_compiled_in_one_piece_with_dropout_too():
