@@ -132,7 +132,7 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     from diptych.train.cost import cost, to_count
 
     path = chosen.data.path
-    has_data = path is not None and is_here(Path(path).expanduser())
+    has_data = path is not None and is_here(Path(path))
     records = splits(chosen)["train"] if has_data else None
     built, there = to_count(chosen, records), room.memory()
     found = cost(chosen, built, records)

@@ -166,7 +166,7 @@ def _unseen(run: Run, found: Evaluated, chosen: Evaluation, watch: Watch) -> Non
     folder = str(run.settings.data.path)
     if "test_unseen" not in readers.splits(folder):
         return
-    plain = chosen.model_copy(update={"rerank": 0})
+    plain = chosen.model_copy(update={"rerank": 0, "java_metrics": []})  # neither is in the table
     other = figures(run, readers.read(folder, split="test_unseen"), plain, watch, [])
     rows = []
     for name, part in (("seen", found), ("unseen", other)):

@@ -32,10 +32,10 @@ def step(made, number: int) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "recomputed"),
-    [("aot_eager", 1), pytest.param("inductor", 0, marks=pytest.mark.slow)],
+    ("backend", "recomputed", "off"),  # inductor sums in another order
+    [("aot_eager", 1, 1e-6), pytest.param("inductor", 0, 1e-5, marks=pytest.mark.slow)],
 )
-def test_compiled_blocks_give_the_same_losses_and_gradients_at_any_length(backend, recomputed):
+def test_compiled_blocks_give_the_same_losses_and_gradients_at_any_length(backend, recomputed, off):
     made = program(frozen=False).train()
     made.model.qformer.stack.checkpoint_last = recomputed
     names = list(made.state_dict())
@@ -46,7 +46,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients_at_any_length(backen
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
     for (loss, gradients), (other, others) in zip(before, after, strict=True):
         assert other == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=off)
 
 
 def test_a_block_is_compiled_in_one_piece_with_dropout_too():
