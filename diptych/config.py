@@ -107,7 +107,8 @@ class QFormer(Section):
 class Objectives(Section):
     """Weights of contrast (ITC), matching (ITM) and language modelling (LM); 0 turns one off.
 
-    matching_share, captioning_share: the share of a batch's rows that each takes on.
+    matching_share, captioning_share: the share of a batch's rows that each takes on. hardness: of ITM's negatives, 1 =
+    in proportion to exp(similarity / temperature), 0 = any alike.
     """
 
     itc: float = Field(1.0, ge=0)
@@ -116,6 +117,7 @@ class Objectives(Section):
     smoothing: float = Field(0.1, ge=0, lt=1)
     matching_share: float = Field(1.0, gt=0, le=1)
     captioning_share: float = Field(1.0, gt=0, le=1)
+    hardness: float = Field(1.0, ge=0)
 
 
 class Train(Section):

@@ -35,6 +35,11 @@ def cross(inner: str = "self") -> tuple[Rule, ...]:
     return attention("encoder.layer.{c}.crossattention", "stack.blocks.{c}.cross", inner)
 
 
+DISTANCES = Rule(THEIRS + "attention.self.distance_embedding.weight", OURS + "attn.score_bias.table.weight")
+NOT_RELATIVE = {
+    "embeddings.position_embeddings.weight": "positions are relative, and these are never used",
+    "encoder.layer.{c}.crossattention.self.distance_embedding.weight": "what is looked at has no place in the text",
+}
 FEED_FORWARD = feed_forward()
 QUERY_FEED_FORWARD = feed_forward("_query", "query_mlp")
 BLOCK = attention(THEIRS + "attention", OURS + "attn") + FEED_FORWARD

@@ -7,7 +7,7 @@ d width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +29,37 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / √d + bias) v over (B, H, ·, d), by the fused kernel where it is the faster one.
+    """softmax(scale · q kᵀ + bias) v over (B, H, ·, d), by the fused kernel where it is the faster one.
 
     `mask` is True where a query may look; a query that may look at nothing gets zeros and finite gradients.
+    scale: 1 / √d when None.
     """
     if (q.requires_grad or dropout) and q.device.type == "cpu" and q.dtype in HALVES:
-        return drop(looks(scores(q, k, bias), mask), dropout) @ v
+        return drop(looks(scores(q, k, bias, scale), mask), dropout) @ v
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
-def scores(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """q kᵀ / √d + bias: (B, H, T, N)."""
-    found = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+def attend_upcast(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    """`attend` in float32 at least, for halves whose scores would overflow (GPT-2's reorder_and_upcast_attn)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        return attend(q.to(wide), k.to(wide), v.to(wide), *options).to(v.dtype)
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """scale · q kᵀ + bias: (B, H, T, N)."""
+    found = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     return found if bias is None else found + bias.to(found.dtype)
 
 
@@ -87,7 +101,7 @@ class Tap:
         self, module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """`attend`, written out so that its inside can be seen; dropout falls on the probabilities as in the kernel."""
-        raw = scores(q, k, bias)
+        raw = scores(q, k, bias, module.scale)
         probabilities = looks(raw, mask)
         if self.edit is not None:
             probabilities = self.edit(probabilities)
@@ -124,7 +138,13 @@ class Attention(nn.Module):
     depend on what is said (BERT's relative keys) as well as on where.
     """
 
-    def __init__(self, config: StackConfig, context_width: int | None = None, score_bias: nn.Module | None = None):
+    def __init__(
+        self,
+        config: StackConfig,
+        context_width: int | None = None,
+        score_bias: nn.Module | None = None,
+        number: int = 0,
+    ):
         super().__init__()
         self.heads = config.heads
         self.head_width = config.head_width or config.width // config.heads
@@ -134,7 +154,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(context, inner, bias="v" in config.bias)
         self.o = nn.Linear(inner, config.width, bias="o" in config.bias)
         self.score_bias = score_bias
-        self.dropout = config.attention_dropout
+        self.dropout, self.scale = config.attention_dropout, config.scale(number)
+        self.attend = attend_upcast if config.upcast else attend
         self.tap: Tap | None = None
 
     def split(self, x: Tensor) -> Tensor:
@@ -151,7 +172,7 @@ class Attention(nn.Module):
         """What (B, H, T, d) queries find, (B, H, T, d); through the tap while one is attached."""
         if self.tap is not None:
             return self.tap.attend(self, q, k, v, mask, bias)
-        return attend(q, k, v, mask, bias, self.dropout if self.training else 0.0)
+        return self.attend(q, k, v, mask, bias, self.dropout if self.training else 0.0, self.scale)
 
     def merge(self, found: Tensor, layout: Layout = RECTANGLE) -> Tensor:
         """(B, H, T, d) → (B, T, D) as `layout` has it, through the output projection."""

@@ -45,6 +45,21 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class ChunkedMLP(MLP):
+    """The same, for `chunk` positions at a time: what is mlp wide never exists for all of them at once."""
+
+    def __init__(self, config: StackConfig):
+        super().__init__(config)
+        self.chunk = config.mlp_chunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(ChunkedMLP, self).forward(part) for part in x.split(self.chunk, -2)], -2)
+
+
+def feed_forward(config: StackConfig) -> MLP:
+    return ChunkedMLP(config) if config.mlp_chunk else MLP(config)
+
+
 class LayerScale(nn.Module):
     """A learned factor a channel on a branch (CaiT, EVA)."""
 
@@ -106,11 +121,12 @@ class Block(nn.Module):
     def __init__(self, config: StackConfig, number: int, score_bias: nn.Module | None = None):
         super().__init__()
         residual = partial(RESIDUALS[config.norm], config, config.drop_path * number / max(config.layers - 1, 1))
-        self.attn = Attention(config, score_bias=score_bias)
+        self.attn = Attention(config, score_bias=score_bias, number=number)
         self.attn_residual = residual()
-        self.cross = self.cross_attention(config, config.context_width) if config.has_cross(number) else None
-        self.cross_residual = residual() if config.has_cross(number) else None
-        self.mlp = MLP(config)
+        has_cross = config.has_cross(number)
+        self.cross = self.cross_attention(config, config.context_width, number=number) if has_cross else None
+        self.cross_residual = residual() if has_cross else None
+        self.mlp = feed_forward(config)
         self.mlp_residual = residual()
 
     @property
@@ -149,7 +165,7 @@ class QueryBlock(Block):
 
     def __init__(self, config: StackConfig, number: int, score_bias: nn.Module | None = None):
         super().__init__(config, number, score_bias)
-        self.query_mlp = MLP(config)
+        self.query_mlp = feed_forward(config)
         self.query_mlp_residual = RESIDUALS[config.norm](config)
 
     def forward(

@@ -16,6 +16,9 @@ class StackConfig:
     bias: which attention projections carry one, of the letters q, k, v, o (EVA has "qvo").
     cross_every: a cross-attention in every k-th block, counted from block 0; 0 for none.
     context_width: width of what cross-attention looks at; `width` when None.
+    scaled: attention's scores are divided by √(width of a head). scaled_by_depth: and by the block's number, from 1
+    (GPT-2's scale_attn_by_inverse_layer_idx). upcast: they are computed in float32, whatever the rest is in.
+    mlp_chunk: positions that go through a feed-forward at a time, for memory; 0 = all.
     """
 
     width: int
@@ -34,6 +37,10 @@ class StackConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
+    scaled: bool = True
+    scaled_by_depth: bool = False
+    upcast: bool = False
+    mlp_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.head_width is None and self.width % self.heads:
@@ -44,3 +51,8 @@ class StackConfig:
     def has_cross(self, block: int) -> bool:
         """Whether block number `block` carries a cross-attention."""
         return self.cross_every > 0 and block % self.cross_every == 0
+
+    def scale(self, block: int) -> float:
+        """What block number `block` multiplies its attention's scores by."""
+        by_width = (self.head_width or self.width // self.heads) ** -0.5 if self.scaled else 1.0
+        return by_width / (block + 1) if self.scaled_by_depth else by_width

@@ -6,14 +6,18 @@ B batch, T tokens, n tokens that came before (a `Past`), D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from diptych.core.config import StackConfig
+from diptych.core.block import ACTIVATIONS
+from diptych.core.config import Activation, StackConfig
 from diptych.core.masks import causal, padding
 from diptych.core.memory import Memory, Past
+from diptych.core.relative import RELATIVE
 from diptych.core.stack import Stack
+from diptych.errors import UserError
 from diptych.text.embeddings import TextEmbeddings, counted
 
 
@@ -23,6 +27,7 @@ class TextConfig:
 
     norm_embeddings: BERT's norm over the sum. causal: whether a token sees only what came before, unless a call says
     otherwise. count_from: positions count real tokens from here (RoBERTa: pad_id + 1); None counts places from 0.
+    relative: positions are told to each block's self-attention, as distances, and not added to words.
     """
 
     stack: StackConfig
@@ -33,6 +38,7 @@ class TextConfig:
     causal: bool = False
     pad_id: int | None = 0
     count_from: int | None = None
+    relative: Literal["relative_key", "relative_key_query"] | None = None
 
 
 class TextModel(nn.Module):
@@ -43,12 +49,19 @@ class TextModel(nn.Module):
         stack = config.stack
         self.config = config
         eps = stack.eps if config.norm_embeddings else None
+        positions = 0 if config.relative else config.positions
         self.embeddings = TextEmbeddings(
-            stack.width, config.vocab, config.positions, config.types, eps, stack.dropout, config.pad_id
+            stack.width, config.vocab, positions, config.types, eps, stack.dropout, config.pad_id
         )
-        self.stack = Stack(stack)
+        self.stack = Stack(stack, score_bias=self._score_bias)
         self.causal = config.causal
         self.count_from = config.count_from
+
+    def _score_bias(self, number: int) -> nn.Module | None:
+        if self.config.relative is None:
+            return None
+        stack = self.config.stack
+        return RELATIVE[self.config.relative](stack.head_width or stack.width // stack.heads, self.config.positions)
 
     def positions(self, mask: Tensor, past: Past | None) -> Tensor:
         """(1 or B, T) positions of the tokens of `mask` (B, T)."""
@@ -65,26 +78,44 @@ class TextModel(nn.Module):
         past: Past | None = None,
         is_causal: bool | None = None,
         types: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """mask: (B, T), non-zero for real tokens. memory: what cross-attention looks at; without it, it is skipped.
-        past: what came before, extended by this call. is_causal: overrides the config (BERT as a decoder)."""
-        mask = torch.ones_like(ids) if mask is None else mask
-        positions = self.positions(mask, past)
-        looks = padding(mask if past is None else past.joined(mask))
+        """ids: (B, T), or vectors (B, T, D) that stand in place of words. mask: (B, T), non-zero for real tokens; or
+        (B, T, n + T), non-zero where a token may look, and then all are real. memory: what cross-attention looks at;
+        without it, it is skipped. past: what came before, extended by this call. is_causal: overrides the config (BERT
+        as a decoder). types: (B, T) token types. positions: (1 or B, T), where they are not to be counted."""
+        real, looks = self._looks(ids, mask, past)
         if self.causal if is_causal is None else is_causal:
             looks = looks & causal(ids.shape[1], 0 if past is None else past.length, ids.device)
-        x = self.embeddings(ids, positions, types)
-        return self.stack(x, looks, memory, past, positions, mask)
+        if positions is None:
+            positions = self.positions(real, past)
+        return self.stack(self.embeddings(ids, positions, types), looks, memory, past, positions, real)
+
+    def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
+        """Which tokens are real, (B, T), and which may look at which before causality, broadcastable to (B, 1, T, n +
+        T); UserError for a mask that fits neither."""
+        batch, length = ids.shape[:2]
+        if not batch or not length:
+            raise UserError(f"ids of shape {tuple(ids.shape)}: there is nothing to read")
+        before = 0 if past is None else past.length
+        if mask is None:
+            mask = ids.new_ones((batch, length), dtype=torch.long)
+        if mask.shape == (batch, length):
+            return mask, padding(mask if past is None else past.joined(mask))
+        if mask.shape == (batch, length, before + length):
+            return mask.new_ones((batch, length)), mask.bool()[:, None]
+        fits = f"({batch}, {length}) or ({batch}, {length}, {before + length})"
+        raise UserError(f"a mask of shape {tuple(mask.shape)}; for these ids it must be {fits}")
 
 
 class LanguageHead(nn.Module):
     """BERT's: dense, activation, norm, then the word embeddings (tied) and a bias. (…, D) → (…, vocabulary)."""
 
-    def __init__(self, words: nn.Embedding, eps: float = 1e-12):
+    def __init__(self, words: nn.Embedding, eps: float = 1e-12, activation: Activation = "gelu"):
         super().__init__()
         count, width = words.weight.shape
         self.dense = nn.Linear(width, width)
-        self.activation = nn.GELU()
+        self.activation = ACTIVATIONS[activation]()
         self.norm = nn.LayerNorm(width, eps=eps)
         self.decoder = nn.Linear(width, count)
         self.decoder.weight = words.weight

@@ -15,12 +15,13 @@ def legal(image_ids: Tensor, caption_ids: Tensor, all_image_ids: Tensor, all_cap
     return (image_ids[:, None] != all_image_ids[None]) & (caption_ids[:, None] != all_caption_ids[None])
 
 
-def negative_weights(logits: Tensor, allowed: Tensor) -> Tensor:
+def negative_weights(logits: Tensor, allowed: Tensor, hardness: float = 1.0) -> Tensor:
     """(b, B) similarities over temperature → (b, B) chances of being drawn as the negative: softmax over the allowed.
 
-    A row that is allowed nothing gets zeros. (LAVIS draws among its positives in that case.)
+    hardness: times the logits: 1 as ALBEF, BLIP and LAVIS draw them, 0 any of the allowed alike (the concentration of
+    Robinson et al. 2021). A row that is allowed nothing gets zeros. (LAVIS draws among its positives in that case.)
     """
-    return logits.detach().masked_fill(~allowed, float("-inf")).softmax(1).nan_to_num(0.0)
+    return (hardness * logits.detach()).masked_fill(~allowed, float("-inf")).softmax(1).nan_to_num(0.0)
 
 
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:

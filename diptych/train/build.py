@@ -125,7 +125,7 @@ def build(
         for line in start_from_bert(model, folder, kept):
             say(line)
     on = settings.objectives
-    objectives = Stage1Objectives(on.itc, on.itm, on.lm, on.smoothing, on.matching_share, on.captioning_share)
+    objectives = Stage1Objectives(**on.model_dump())
     program = Stage1(encoder, model, objectives, words.start, settings.train.seed)
     if folder:
         program.started = {f"model.{name}": above for name, above in started(model).items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych import config
-from diptych.checkpoints import hf, io, lavis
+from diptych.checkpoints import hf, hf_blip2, io, lavis
 from diptych.config import Encoder, QFormer, Settings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
@@ -177,7 +177,7 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
         raise UserError(f"{folder}: not a Blip2ForImageTextRetrieval; its config.json says {', '.join(kinds)}")
     if choices.heads or choices.image_heads or choices.image_encoder:
         raise UserError(f"{folder}: its config.json says all of its shape: leave out the options about it")
-    vision, stage1 = hf.blip2_config(theirs)
+    vision, stage1 = hf_blip2.config(theirs)
     settings = _settings(f"converted from Hugging Face's {folder.name}")
     settings.objectives.lm = 0.0
     tower, stack = vision.stack, stage1.qformer.stack
@@ -207,7 +207,7 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
     # EVA has no key bias; theirs is a fused one whose key part is zero, which the table checks
     _same_figures(replace(vision, stack=replace(tower, bias="qvo")), program.image_encoder.config, str(folder))
     _same_figures(stage1, program.model.config, str(folder))
-    opened.notes += io.load(opened.both, folder, hf.blip2_retrieval(program.image_encoder.config, program.model.config))
+    opened.notes += io.load(opened.both, folder, hf_blip2.retrieval(program.image_encoder.config, program.model.config))
     return opened
 
 
@@ -339,7 +339,7 @@ def write_lavis(opened: Opened, out: Path) -> list[str]:
 def write_hf(opened: Opened, out: Path) -> list[str]:
     """A folder that `Blip2ForImageTextRetrieval.from_pretrained` opens, with the tokenizer."""
     program = opened.built.program
-    notes = hf.export_blip2(program.image_encoder, program.model, out)
+    notes = hf_blip2.export(program.image_encoder, program.model, out)
     opened.built.tokenizer.save(out)
     return notes
 

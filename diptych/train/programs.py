@@ -30,8 +30,9 @@ class Stage1Objectives:
     """Weights of the three (0 = off, and not computed) and how they are taken.
 
     matching_share, captioning_share: the share of rows that ITM and LM take on, for machines where all are too dear.
-    mean: over the "global" batch, or over each "rank" and then over ranks as LAVIS does. detach_gathered: LAVIS's
-    contrast, in which other processes' embeddings are constants.
+    hardness: of ITM's negatives, see `matching.negative_weights`. mean: over the "global" batch, or over each "rank"
+    and then over ranks as LAVIS does. detach_gathered: LAVIS's contrast, in which other processes' embeddings are
+    constants.
     """
 
     itc: float = 1.0
@@ -40,6 +41,7 @@ class Stage1Objectives:
     smoothing: float = 0.1
     matching_share: float = 1.0
     captioning_share: float = 1.0
+    hardness: float = 1.0
     mean: Literal["global", "rank"] = "global"
     detach_gathered: bool = False
 
@@ -172,9 +174,10 @@ class Stage1(Program):
         allowed = matching.legal(
             batch.image_id, batch.caption_id, *map(gather.gather, (batch.image_id, batch.caption_id))
         )
+        hardness = self.objectives.hardness
         # LAVIS draws a picture for each text first, then a text for each picture
-        pictures = self.draw(matching.negative_weights(to_image, allowed), batch, "negative picture")[taken]
-        texts = self.draw(matching.negative_weights(to_text, allowed), batch, "negative text")[taken]
+        pictures = self.draw(matching.negative_weights(to_image, allowed, hardness), batch, "negative picture")[taken]
+        texts = self.draw(matching.negative_weights(to_text, allowed, hardness), batch, "negative text")[taken]
         rows = first + torch.arange(len(allowed), device=pictures.device)[taken]
         pictures, texts, labels = matching.matching_rows(rows, pictures, texts)
         has_negative = allowed[taken].any(1)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from diptych import checkpoints
-from diptych.checkpoints import hf
+from diptych.checkpoints import hf, hf_blip2
 from diptych.checkpoints import timm as timm_tables
 from diptych.core.memory import Past
 from diptych.core.surgery import capture
 from diptych.models.blip2 import Stage1Model
-from diptych.models.language import LanguageHead, TextConfig, TextModel
+from diptych.models.language import TextConfig, TextModel
 from diptych.models.vision import VisionTransformer
 
 FORWARD = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -103,6 +103,16 @@ def text_peers() -> dict[str, TextPeer]:
         ),
         "gpt2": TextPeer(
             lambda: t.GPT2Model(gpt()), hf.gpt2_config, hf.gpt2, "wte", causal=True, left_padding=True
+        ),
+        "gpt2, unscaled": TextPeer(
+            lambda: t.GPT2Model(gpt(scale_attn_weights=False, activation_function="relu", n_inner=40)),
+            hf.gpt2_config, hf.gpt2, "wte", causal=True,
+        ),
+        "gpt2, scaled by depth, upcast": TextPeer(
+            lambda: t.GPT2Model(
+                gpt(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True, add_cross_attention=True)
+            ),
+            hf.gpt2_config, hf.gpt2, "wte", cross=True, causal=True, left_padding=True,
         ),
         "gpt2, cross-attention": TextPeer(
             lambda: t.GPT2Model(gpt(add_cross_attention=True)), hf.gpt2_config, hf.gpt2, "wte", cross=True, causal=True
@@ -295,26 +305,6 @@ def test_past_against_the_peers_own_cache(pairs, name):
             assert distance(mine, out.last_hidden_state) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["bert", "bert, decoder with cross-attention"])
-def test_logits_of_the_head(name, tmp_path):
-    import transformers as t
-
-    decoder = {"is_decoder": True, "add_cross_attention": True} if "decoder" in name else {}
-    kind = t.BertLMHeadModel if decoder else t.BertForMaskedLM
-    theirs = kind(t.BertConfig(**BERT_SIZES, **decoder)).double().eval()
-    redraw(theirs)
-    theirs.save_pretrained(tmp_path)
-    config = hf.bert_config(theirs.config)
-    text = TextModel(config).double().eval()
-    ours = nn.ModuleDict({"text": text, "language_head": LanguageHead(text.embeddings.word)}).double()
-    checkpoints.load(ours, tmp_path, hf.bert_with_head(config))
-    ids, mask = batch()
-    more = context_of(PEERS["bert"], torch.float64) if decoder else {}
-    memory = text.stack.project(*more.values()) if more else None
-    logits = ours["language_head"](text(ids, mask, memory))
-    assert distance(logits, theirs(input_ids=ids, attention_mask=mask, **more).logits, mask.bool()) < 1e-9
-
-
 def image_peers() -> dict[str, tuple]:
     import timm
     import transformers as t
@@ -407,9 +397,9 @@ def blip2(tmp_path_factory):
     redraw(theirs)
     folder = tmp_path_factory.mktemp("blip2")
     theirs.save_pretrained(folder)
-    vision, stage1 = hf.blip2_config(theirs.config)
+    vision, stage1 = hf_blip2.config(theirs.config)
     ours = nn.ModuleDict({"image_encoder": VisionTransformer(vision), "model": Stage1Model(stage1)}).double().eval()
-    notes = checkpoints.load(ours, folder, hf.blip2_retrieval(vision, stage1))
+    notes = checkpoints.load(ours, folder, hf_blip2.retrieval(vision, stage1))
     return theirs, ours, notes
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diptych import checkpoints
-from diptych.checkpoints import hf, io, lavis
+from diptych.checkpoints import hf, hf_blip2, io, lavis
 from diptych.core.config import StackConfig
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
@@ -178,7 +178,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("bias", "activation"), [("qvo", "gelu"), ("qkvo", "quick_gelu"), ("o", "gelu_tanh")])
 def test_exported_folder_gives_the_same_scores(bias, activation, tmp_path):
     tower, model = blip2(bias, activation=activation)
-    notes = hf.export_blip2(tower, model, tmp_path / "out")
+    notes = hf_blip2.export(tower, model, tmp_path / "out")
     assert sorted(note.split(":")[0] for note in notes) == ["not written"] * 2
     assert any("no LM head" in note for note in notes) and any("no temperature" in note for note in notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Blip2ForImageTextRetrieval"]
@@ -188,21 +188,21 @@ def test_exported_folder_gives_the_same_scores(bias, activation, tmp_path):
     both = nn.ModuleDict({"image_encoder": again, "model": rest})
     redraw(both, seed=9)
     kept = {n: t.clone() for n, t in rest.state_dict().items() if n.startswith(("language_head.dense", "temperature"))}
-    checkpoints.load(both, tmp_path / "out", hf.blip2_retrieval(again.config, rest.config))
+    checkpoints.load(both, tmp_path / "out", hf_blip2.retrieval(again.config, rest.config))
     assert all(torch.equal(a, b) for a, b in zip(scores(again, rest, *inputs()), ours, strict=True))
     assert all(torch.equal(rest.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
 def test_configs_there_and_back():
     tower, model = blip2("qkvo")
-    vision, stage1 = hf.blip2_config(hf.blip2_config_of(tower.config, model.config))
+    vision, stage1 = hf_blip2.config(hf_blip2.config_of(tower.config, model.config))
     assert (vision, stage1) == (tower.config, model.config)
 
 
 def test_what_the_format_rounds_is_said(tmp_path):
     """LAVIS's norm over image tokens has an eps of its own, and Hugging Face's has the tower's."""
     tower, model = blip2(picture_eps=1e-5)
-    notes = hf.export_blip2(tower, model, tmp_path)
+    notes = hf_blip2.export(tower, model, tmp_path)
     assert any("eps 1e-05" in note and "1e-06" in note for note in notes)
     ours, theirs = scores(tower, model, *inputs()), their_scores(tmp_path, *inputs())
     assert all(0 < distance(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
@@ -213,22 +213,22 @@ def test_lavis_to_hugging_face_and_back(tmp_path):
     ours, vision, stage1 = stage1_of("blip2_stage1")
     weights, table = golden_case("blip2_stage1").weights, lavis.stage1(vision, stage1)
     ours.load_state_dict(table.load(weights)[0])
-    hf.export_blip2(ours["image_encoder"], ours["model"], tmp_path)
+    hf_blip2.export(ours["image_encoder"], ours["model"], tmp_path)
     exported = load_file(tmp_path / "model.safetensors")
     assert not exported["vision_model.encoder.layers.0.self_attn.qkv.bias"].chunk(3)[1].any()
     again, _, _ = stage1_of("blip2_stage1")
-    checkpoints.load(again, tmp_path, hf.blip2_retrieval(vision, stage1))
+    checkpoints.load(again, tmp_path, hf_blip2.retrieval(vision, stage1))
     held = {n: t for n, t in table.save(again.state_dict())[0].items() if "cls.predictions" not in n and n != "temp"}
     assert_same(held, weights, ("Qformer.cls.predictions.", "temp"))
 
 
 def test_a_key_bias_is_not_lost_on_the_way_in(tmp_path):
     tower, model = blip2("qkvo")
-    hf.export_blip2(tower, model, tmp_path)
+    hf_blip2.export(tower, model, tmp_path)
     keyless, rest = blip2("qvo")
     both = nn.ModuleDict({"image_encoder": keyless, "model": rest})
     with pytest.raises(UserError, match=r"self_attn.qkv.bias' has a key part other than zero"):
-        checkpoints.load(both, tmp_path, hf.blip2_retrieval(keyless.config, rest.config))
+        checkpoints.load(both, tmp_path, hf_blip2.retrieval(keyless.config, rest.config))
 
 
 def other_tower(kind: str) -> nn.Module | None:
@@ -259,7 +259,7 @@ def other_tower(kind: str) -> nn.Module | None:
 def test_a_tower_that_the_format_can_not_hold_is_refused(kind, said, tmp_path):
     _, model = blip2()
     with pytest.raises(UserError, match=said) as caught:
-        hf.export_blip2(other_tower(kind), model, tmp_path / "out")
+        hf_blip2.export(other_tower(kind), model, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 

@@ -17,6 +17,7 @@ from diptych.core.dropout import Dropout, dropout
 from diptych.core.layout import RECTANGLE
 from diptych.core.masks import causal, padding
 from diptych.core.memory import Cache, Past
+from diptych.core.relative import RelativeKey, RelativeKeyQuery
 from diptych.core.stack import Stack
 from diptych.models.language import TextConfig, TextModel
 from diptych.models.qformer import QFormer, QFormerConfig
@@ -28,7 +29,7 @@ from tests.unit.drawn import EXACT, drawn, numbers
 class Averaged(CrossAttention):
     """Two pictures, each with projections of its own; what they say is averaged."""
 
-    def __init__(self, config: StackConfig, context_width: int | None):
+    def __init__(self, config: StackConfig, context_width: int | None, number: int = 0):
         super().__init__(config, context_width)
         self.second = CrossAttention(config, context_width)
 
@@ -47,7 +48,7 @@ class Averaged(CrossAttention):
 class Merged(Averaged):
     """As above, but merged by a layer."""
 
-    def __init__(self, config: StackConfig, context_width: int | None):
+    def __init__(self, config: StackConfig, context_width: int | None, number: int = 0):
         super().__init__(config, context_width)
         self.layer = nn.Linear(2 * config.width, config.width)
 
@@ -162,27 +163,11 @@ def test_stacks_share_all_but_self_attention():
 # Relative positions as a score bias.
 
 
-class RelativeKey(nn.Module):
-    """BERT's relative_key, and relative_key_query (Huang et al. 2020): rows by distance, scaled as scores are."""
-
-    def __init__(self, head_width: int, most: int, with_keys: bool):
-        super().__init__()
-        self.table = nn.Embedding(2 * most - 1, head_width)
-        self.most, self.with_keys = most, with_keys
-
-    def forward(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        rows = self.table(q_positions[:, :, None] - k_positions[:, None, :] + self.most - 1)
-        rows = rows.expand(q.shape[0], -1, -1, -1)
-        bias = torch.einsum("bhtd,btnd->bhtn", q, rows)
-        if self.with_keys:
-            bias = bias + torch.einsum("bhnd,btnd->bhtn", k, rows)
-        return bias * q.shape[-1] ** -0.5
-
-
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_relative_positions_are_a_score_bias(with_keys):
     config = StackConfig(8, 2, 2, 16, norm="post", final_norm=False)
-    stack = drawn(Stack(config, score_bias=lambda number: RelativeKey(4, 9, with_keys)))
+    kind = RelativeKeyQuery if with_keys else RelativeKey
+    stack = drawn(Stack(config, score_bias=lambda number: kind(4, 9)))
     x = numbers(2, 6, 8)
     whole = stack(x, causal(6))
 

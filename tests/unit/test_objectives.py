@@ -189,6 +189,16 @@ def test_weights_are_a_softmax_over_what_is_allowed_and_carry_no_gradient():
         assert not weights[row][~allowed[row]].any()
 
 
+@pytest.mark.parametrize("hardness", [0.0, 0.3, 2.0])
+def test_hardness_sharpens_or_evens_the_weights(hardness):
+    logits, allowed = numbers(2, 4), torch.tensor([[0, 1, 1, 1], [1, 0, 0, 1]]).bool()
+    weights = matching.negative_weights(logits, allowed, hardness)
+    for row in range(2):
+        powers = (hardness * logits[row][allowed[row]]).exp()
+        torch.testing.assert_close(weights[row][allowed[row]], powers / powers.sum(), **EXACT)
+        assert not weights[row][~allowed[row]].any()
+
+
 few = st.lists(st.integers(0, 3), min_size=ROWS, max_size=ROWS)
 
 
