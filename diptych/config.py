@@ -168,14 +168,16 @@ class Evaluation(Section):
 
     views: of each picture, as data.views has them, whose scores are averaged; captions are of the picture itself.
     rerank: how many candidates ITM re-ranks (0 = none); combine: rank them by ITM's log odds and ITC over its
-    temperature, by ITM alone, or by ITM + ITC as LAVIS does. captions: how many pictures are captioned; beams: 1 =
-    greedy. java_metrics: "meteor", "spice", of captions, by Java. limit: pictures evaluated, None = all.
+    temperature, by ITM alone, or by ITM + ITC as LAVIS does; itm_weight: of ITM in such a sum, less than 1 where it was
+    learned from few pictures. captions: how many pictures are captioned; beams: 1 = greedy. java_metrics: "meteor",
+    "spice", of captions, by Java. limit: pictures evaluated, None = all.
     """
 
     limit: int | None = Field(None, gt=0)
     views: int = Field(1, ge=1, le=6)
     rerank: int = Field(16, ge=0)
     combine: Literal["itm+itc/t", "itm", "itm+itc"] = "itm+itc/t"
+    itm_weight: float = Field(1.0, gt=0)
     captions: int = Field(100, ge=0)
     beams: int = Field(3, gt=0)
     max_length: int = Field(30, gt=1)

@@ -59,13 +59,21 @@ def by_itc(scores: Tensor, gallery: Gallery, draws: int = 1000) -> dict:
 
 
 def reranked(
-    model: PictureText, gallery: Gallery, scores: Tensor, top: int, combine: Literal["itm", "itm+itc", "itm+itc/t"]
+    model: PictureText,
+    gallery: Gallery,
+    scores: Tensor,
+    top: int,
+    combine: Literal["itm", "itm+itc", "itm+itc/t"],
+    itm_weight: float = 1.0,
 ) -> tuple[dict, Reranked]:
     """Recall both ways with each row's `top` by ITC re-ranked by ITM, alone or with ITC as `Protocol` says."""
-    protocol = Protocol.of(gallery.ids, gallery.text_ids, combine, top, gallery.views)
+    protocol = Protocol.of(gallery.ids, gallery.text_ids, combine, top, gallery.views, itm_weight)
     if combine == "itm+itc/t":
         scores = scores / model.model.temperature.item()
-    found = rerank(scores, pair_scorer(model, gallery), top, "itm" if combine == "itm" else "itm+itc", chunk=256)
+    score = pair_scorer(model, gallery)
+    found = rerank(
+        scores, lambda *rows: score(*rows) * itm_weight, top, "itm" if combine == "itm" else "itm+itc", chunk=256
+    )
     return retrieval(found, gallery.ids, gallery.text_ids, protocol, gallery.texts), found
 
 

@@ -45,6 +45,7 @@ class Protocol:
     ranked_by: "itc" (embedding similarity), "itm" (matching logit), "itm+itc" (their sum, as BLIP and LAVIS do) or
         "itm+itc/t" (matching logit and similarity over the temperature). ITM learns to tell a pair from negatives that
         are drawn by softmax(ITC / temperature), so this last sum is the log odds of a pair against all others.
+    itm_weight: what the logit is multiplied by in a sum: one learned from few pictures is too sure of itself.
     rerank_top: how many of ITC's best are re-ranked, for all but "itc"; None scores every pair.
     views: of each picture, whose scores are averaged.
     """
@@ -54,6 +55,7 @@ class Protocol:
     ranked_by: RankedBy = "itc"
     rerank_top: int | None = None
     views: int = 1
+    itm_weight: float = 1.0
 
     def __post_init__(self) -> None:
         known = get_args(RankedBy)
@@ -78,17 +80,19 @@ class Protocol:
         ranked_by: RankedBy = "itc",
         top: int | None = None,
         views: int = 1,
+        itm_weight: float = 1.0,
     ) -> Protocol:
         """The protocol of a gallery, read off the ids of its pictures (I,) and of its texts' pictures (T,)."""
         pictures, texts = Counter(_listed(image_ids)), Counter(_listed(text_image_ids))
         each = {texts[name] / count for name, count in pictures.items()}
         k = each.pop() if len(each) == 1 else 0.0
         captions: int | Literal["all"] = int(k) if k >= 1 and k == int(k) else "all"
-        return cls(captions, pictures.total(), ranked_by, top, views)
+        return cls(captions, pictures.total(), ranked_by, top, views, itm_weight)
 
     def __str__(self) -> str:
         captions = "all captions" if self.captions == "all" else _counted(self.captions, "caption")
-        by = self.ranked_by.upper()
+        weighed = self.itm_weight != 1 and self.ranked_by.startswith("itm+")
+        by = (f"{self.itm_weight:g}·" if weighed else "") + self.ranked_by.upper()
         if self.rerank_top is not None:
             how = f"top {self.rerank_top} by ITC re-ranked by {by}"
         else:

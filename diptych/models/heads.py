@@ -82,9 +82,10 @@ class LanguageModel(nn.Module):
         """As `TextModel.forward`."""
         return self.language_head(self.text(ids, mask, **options))
 
-    def step(self, past: Past, ids: Tensor, memory: Memory | None = None) -> Tensor:
-        """Logits (B, V) of the token after `ids` (B, T), which follow on `past` and extend it."""
-        return self.language_head(self.text(ids, memory=memory, past=past, is_causal=True)[:, -1])
+    def step(self, past: Past, ids: Tensor, memory: Memory | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, V) of the token after `ids` (B, T), which follow on `past` and extend it. mask: (B, T), 0 for
+        padding on the left."""
+        return self.language_head(self.text(ids, mask, memory, past, is_causal=True)[:, -1])
 
 
 class PooledText(nn.Module):

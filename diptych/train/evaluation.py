@@ -133,7 +133,8 @@ def figures(
     top = min(chosen.rerank, len(gallery.texts))
     if top and run.settings.objectives.itm:
         watch.say(f"re-ranking each query's top {top}")
-        found.results.append(galleries.reranked(run.model, gallery, scores, top, chosen.combine)[0])
+        again = galleries.reranked(run.model, gallery, scores, top, chosen.combine, chosen.itm_weight)
+        found.results.append(again[0])
     if chosen.captions and run.settings.objectives.lm:
         count = min(chosen.captions, len(records))
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)

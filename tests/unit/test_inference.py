@@ -134,6 +134,9 @@ def test_re_ranking_with_itc_over_its_temperature(model, gallery):
     wanted = itm + scores / model.model.temperature.item()
     torch.testing.assert_close(found.image_to_text, wanted, rtol=0, atol=1e-4)
     assert "re-ranked by ITM+ITC/T" in result["protocol"]
+    result, found = galleries.reranked(model, gallery, scores, 10, "itm+itc/t", itm_weight=0.4)
+    torch.testing.assert_close(found.image_to_text, wanted - 0.6 * itm, rtol=0, atol=1e-4)
+    assert "re-ranked by 0.4·ITM+ITC/T" in result["protocol"]
     head = model.model.matching_head
     with patch.object(head, "weight", nn.Parameter(torch.zeros_like(head.weight))):
         blind = galleries.reranked(model, gallery, scores, 3, "itm+itc/t")[1]
