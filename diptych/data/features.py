@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from diptych.data.pairs import Files, plain_errors
+from diptych.data.pairs import Files
 from diptych.data.readers.faults import Fault
+from diptych.data.steps import plain_errors
 from diptych.data.transforms import normalised
 
 BATCH = 32

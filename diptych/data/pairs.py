@@ -1,4 +1,4 @@
-"""Batches of pictures and captions, each a function of the step alone, so that a run can go on from any step.
+"""Batches of pictures and captions.
 
 b rows of a batch, T text tokens, N image tokens, D width.
 """
@@ -6,20 +6,19 @@ b rows of a batch, T text tokens, N image tokens, D width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from diptych.data.order import Epochs, Mixture
 from diptych.data.pictures import BadPicture, open_picture
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record, compact
+from diptych.data.steps import Batch, Steps
 from diptych.data.transforms import Transform
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
@@ -29,41 +28,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PairBatch:
+class PairBatch(Batch):
     """Pictures and one caption each. Row r of `ids`, `mask` (b, T) describes picture r.
 
     pixels (b, 3, h, w) uint8, or floats that are normalised already; None with `tokens` (b, N, D) where features were
-    made beforehand. image_id, caption_id (b,): equal numbers mean the same picture, the same words. step, first_row:
-    where in the run and in the global batch. faults: of pictures that were to be among these and are left out.
+    made beforehand. image_id, caption_id (b,): equal numbers mean the same picture, the same words.
     """
 
-    ids: Tensor
-    mask: Tensor
     image_id: Tensor
     caption_id: Tensor
     pixels: Tensor | None = None
     tokens: Tensor | None = None
-    step: int = 0
-    first_row: int = 0
-    faults: tuple[Fault, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def split(self, count: int) -> list[PairBatch]:
-        """In `count` chunks, each of as many rows or one more."""
-        sizes = [len(part) for part in torch.arange(len(self)).tensor_split(count)]
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        parts = {name: value.split(sizes) for name, value in values.items() if isinstance(value, Tensor)}
-        starts = [sum(sizes[:number]) for number in range(count)]
-        return [
-            replace(self, first_row=self.first_row + start, **{name: part[i] for name, part in parts.items()})
-            for i, start in enumerate(starts)
-        ]
-
-    def to(self, device: torch.device) -> PairBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 class Rows(NamedTuple):
@@ -130,19 +105,7 @@ def number(name: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(spelt, digest_size=8).digest(), "big") >> 1
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """A worker process's UserError arrives wrapped in its traceback, whose last line is the one that was meant."""
-    try:
-        yield
-    except UserError as error:
-        *trace, line = str(error).strip().splitlines()
-        if not trace:
-            raise
-        raise UserError(line.partition(": ")[2]) from None
-
-
-class PairSteps(Dataset):
+class PairSteps(Steps):
     """Step number → `PairBatch`. Each epoch is a permutation keyed by (seed, epoch); a short last batch is left out.
 
     captions: "one" of each picture's an epoch, drawn afresh; "all" of them. Of its views one is drawn each time.
@@ -205,11 +168,3 @@ class PairSteps(Dataset):
             faults=seen.faults,
         )
         return replace(batch, **seen.tensors)
-
-    def read(self, start: int, stop: int, workers: int = 0) -> Iterator[PairBatch]:
-        """The batches of steps start … stop, in order, prepared by `workers` processes."""
-        with plain_errors():
-            draw = torch.Generator()  # of the loader's own: it would draw from the one that dropout goes by
-            yield from DataLoader(
-                self, batch_size=None, sampler=range(start, stop), num_workers=workers, generator=draw
-            )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diptych.data.pairs import PairBatch
+from diptych.data.steps import Batch
 
 # FLOP/s of products in bfloat16 or float16 by the makers' data sheets, without sparsity; the first row all of whose
 # words are in the card's name. Sums are kept in float32, as torch has them.
@@ -46,7 +46,7 @@ class Meter:
     def __init__(self, work: float, peak: float | None):
         self.work, self.peak, self.flops = work, peak, 0.0
 
-    def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    def heard(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; of each is noted what it asks for."""
         for batch in batches:
             self.flops = self.work * len(batch)

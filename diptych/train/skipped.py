@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from diptych.data.pairs import PairBatch
 from diptych.data.readers.faults import Fault
+from diptych.data.steps import Batch
 from diptych.objectives import gather
 
 
@@ -43,7 +43,7 @@ class Skipped:
                 lines.writelines(json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in new)
             self.cut = False
 
-    def heard(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    def heard(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; what they are without is added."""
         for batch in batches:
             self.add(batch.faults)
