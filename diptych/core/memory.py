@@ -153,8 +153,10 @@ class Past:
         return (k, v) if before is None else (torch.cat([before[0], k], 2), torch.cat([before[1], v], 2))
 
     def step(self, length: int, device: torch.device) -> Tensor:
-        """Positions (1 or B, T) of the next `length` tokens."""
-        return self.next_position + torch.arange(length, device=device)[None]
+        """Positions (1 or B, T) of the next `length` tokens; 0 for padding before a row's first, whose `next_position`
+        is below 0 by as much."""
+        places = self.next_position + torch.arange(length, device=device)[None]
+        return places.clamp(min=0) if isinstance(self.next_position, Tensor) else places
 
     def joined(self, mask: Tensor) -> Tensor:
         """(B, n + T): the mask over keys once tokens of `mask` (B, T) are added."""
@@ -223,8 +225,18 @@ class Cache(Past):
         """A cache that goes its own way from here, in a store of its own: a step writes in place."""
         return replace(self, kv=list(self.kv), store=[(k.clone(), v.clone()) for k, v in self.store])
 
-    def reorder(self, rows: Tensor | slice) -> None:
-        self.store = [(k[rows], v[rows]) for k, v in self.store]
+    def reorder(self, rows: Tensor | slice, since: int = 0) -> None:
+        """In place, and nothing but the keys taken of rows that change. since: keys before it are alike in a row and
+        in the one it goes on from, as are those of what was given in the beams of a caption."""
+        every = torch.arange(self.store[0][0].shape[0], device=self.store[0][0].device)
+        source = every[rows]
+        if len(source) > len(every):
+            raise ValueError(f"the cache has room for {len(every)} rows, and {len(source)} are wanted")
+        changed = (source != every[: len(source)]).nonzero()[:, 0]
+        for kept in (kept for pair in self.store for kept in pair):
+            taken = kept[:, :, since : self.length]
+            taken.index_copy_(0, changed, taken.index_select(0, source[changed]))
+        self.store = [(k[: len(source)], v[: len(source)]) for k, v in self.store]
         self.kv = [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in self.store]
         self._reorder_tokens(rows)
 

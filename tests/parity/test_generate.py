@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diptych.checkpoints import hf
 from diptych.core.config import StackConfig
 from diptych.core.memory import Past
 from diptych.errors import UserError
@@ -28,6 +29,7 @@ from diptych.generate import (
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.language import LanguageHead, TextConfig, TextModel
 from diptych.models.qformer import QFormerConfig
+from diptych.text.pieces import StopStrings
 
 END, PAD, V = 3, 1, 23
 TRANSFORMERS = RULES["transformers"]
@@ -73,29 +75,13 @@ def gpt2():
     theirs = GPT2LMHeadModel(config).double().eval()
     words = theirs.transformer.wte.weight.detach()
     theirs.transformer.ln_f.bias.data = 2.5 * words[END] / words[END].norm()
-    stack = StackConfig(16, 2, 2, 64, activation="gelu_tanh")
-    ours = TextModel(TextConfig(stack, V, 40, norm_embeddings=False, causal=True, pad_id=None)).double().eval()
-    ours.load_state_dict(_ours(theirs.transformer))
+    config = hf.gpt2_config(theirs.config)
+    ours = TextModel(config).double().eval()
+    ours.load_state_dict(hf.gpt2(config).load(theirs.transformer.state_dict())[0])
     return theirs, ours, words
 
 
-def _ours(theirs) -> dict[str, Tensor]:
-    state = {"embeddings.word.weight": theirs.wte.weight, "embeddings.position.weight": theirs.wpe.weight}
-    for i, layer in enumerate(theirs.h):
-        at = f"stack.blocks.{i}."
-        for name, weight in zip("qkv", layer.attn.c_attn.weight.T.chunk(3), strict=True):
-            state[f"{at}attn.{name}.weight"] = weight
-        for name, bias in zip("qkv", layer.attn.c_attn.bias.chunk(3), strict=True):
-            state[f"{at}attn.{name}.bias"] = bias
-        linears = {"attn.o": layer.attn.c_proj, "mlp.up": layer.mlp.c_fc, "mlp.down": layer.mlp.c_proj}
-        for name, linear in linears.items():
-            state |= {f"{at}{name}.weight": linear.weight.T, f"{at}{name}.bias": linear.bias}
-        for name, norm in {"attn_residual.norm": layer.ln_1, "mlp_residual.norm": layer.ln_2}.items():
-            state |= {f"{at}{name}.weight": norm.weight, f"{at}{name}.bias": norm.bias}
-    return state | {"stack.norm.weight": theirs.ln_f.weight, "stack.norm.bias": theirs.ln_f.bias}
-
-
-def peer(model, start: Tensor, search: Search, early_stopping=False):
+def peer(model, start: Tensor, search: Search, early_stopping=False, **more):
     """What transformers' `generate` makes of the same search: ids, and scores where it gives them."""
     out = model.generate(
         start,
@@ -112,6 +98,7 @@ def peer(model, start: Tensor, search: Search, early_stopping=False):
         pad_token_id=PAD,
         return_dict_in_generate=True,
         output_scores=True,
+        **more,
     )
     return out.sequences, getattr(out, "sequences_scores", None)
 
@@ -169,6 +156,42 @@ def test_other_stopping_rules_are_transformers(gpt2, early_stopping, rule):
         usual, _ = peer(theirs, start, search)
         differs += usual.shape != want.shape or not torch.equal(usual, want)
     assert differs  # the rule is not the usual one under another name
+
+
+def pieces(ids: list[int]) -> str:
+    """Id 4 is "a", 5 "b" and so on to "j", then "aa", "ba" … for longer pieces; what comes before is no text."""
+    return "".join(PIECES[i] for i in ids if i >= 4)
+
+
+PIECES = ["<0>", "<1>", "<2>", "<3>", *"abcdefghij", "ab", "ba", "cab", "dd", "ede", "f g", "gha", "hi", "jaj"]
+
+
+def test_stop_strings_end_what_they_end_in_transformers(gpt2):
+    """Greedy search and beams; the prompts have no letter of a stop string, for theirs looks at prompts too."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    rust = Tokenizer(models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
+    rust.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust)
+    (theirs, ours, words), strings, cut = gpt2, ["ab", "dd", "jh", "e", "ca"], 0
+
+    def step(past: Past, ids: Tensor) -> Tensor:
+        return ours(ids, past=past)[:, -1] @ words.T
+
+    start = torch.tensor([[9, 10], [9, 9], [10, 10], [11, 9], [12, 10], [11, 11]])
+    stopping = {False: TRANSFORMERS.stop, True: enough, "never": unbeatable}
+    for k, captions, early in ((1, 1, False), (2, 1, False), (4, 3, True), (5, 5, "never")):
+        ruled = dataclasses.replace(TRANSFORMERS, stop=stopping[early])
+        search = Search(beams=k, captions=captions, max_length=14, min_length=12, rules=ruled)
+        for penalty in (1.0, -1.0) if k > 1 else (1.0,):
+            search = dataclasses.replace(search, length_penalty=penalty)
+            ids, _ = generate(step, Past.empty(2), start, END, PAD, search, stop=StopStrings(pieces, strings))
+            want, _ = peer(theirs, start, search, early, stop_strings=strings, tokenizer=tokenizer)
+            free, _ = peer(theirs, start, search, early)
+            assert torch.equal(ids, want)
+            cut += sum(row not in free.tolist() for row in want.tolist())
+    assert cut > 20
 
 
 # A beam search with lists, as BLIP and LAVIS ran it: a second opinion on every rule, row by row.
@@ -380,16 +403,21 @@ def test_beams_look_at_their_own_rows_picture():
         Search(sample=True, top_p=0.8),
         Search(sample=True, top_k=9, top_p=0.7, temperature=1.6),
         Search(sample=True, top_k=99, top_p=1e-6),
+        Search(sample=True, min_p=0.1),
+        Search(sample=True, min_p=1.0),
+        Search(sample=True, min_p=0.2, top_k=7, top_p=0.9, temperature=0.7),
+        Search(sample=True, min_p=0.02, top_k=15, top_p=0.99, temperature=2.5),
     ],
-    ids=lambda s: f"{s.temperature}-{s.top_k}-{s.top_p}",
+    ids=lambda s: f"{s.temperature}-{s.top_k}-{s.top_p}-{s.min_p}",
 )
 def test_draws_are_shaped_as_transformers_does(search):
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
     want = TemperatureLogitsWarper(search.temperature)(None, logits) if search.temperature != 1 else logits
     want = TopKLogitsWarper(search.top_k)(None, want) if search.top_k else want
     want = TopPLogitsWarper(search.top_p)(None, want) if search.top_p < 1 else want
+    want = MinPLogitsWarper(search.min_p)(None, want) if search.min_p else want
     assert torch.equal(shaped(logits, search).isfinite(), want.isfinite())
     torch.testing.assert_close(shaped(logits, search).softmax(1), want.softmax(1), atol=1e-12, rtol=1e-12)
 
@@ -448,6 +476,9 @@ def test_draws_repeat_with_their_generator_and_stop_at_the_end():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ({"min_length": 31}, "min_length 31 is above max_length 30"),
