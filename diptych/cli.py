@@ -16,6 +16,7 @@ from diptych import __version__
 from diptych.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from diptych.config import Settings
     from diptych.train.cost import Cost
 
 SETTINGS = "[KEY=VALUE]..."
@@ -100,13 +101,18 @@ def train(recipe: str, settings: tuple[str, ...], resume: bool) -> None:
     if _rank():
         return
     click.echo(f"\nThe run is in {folder}. Next:")
-    for command in _next(folder, chosen.objectives.lm > 0):
+    for command in _next(folder, chosen):
         click.echo(f"  {command}")
 
 
-def _next(folder: Path, captions: bool) -> list[str]:
+def _next(folder: Path, chosen: Settings) -> list[str]:
+    from diptych.config import Stage1Settings
+
     lines = [f"diptych eval {folder}"]
-    if captions:
+    if not isinstance(chosen, Stage1Settings):
+        text = "a sentence with a [MASK]" if chosen.program == "masked_lm" else "a beginning"
+        return [*lines, f'diptych complete {folder} "{text}"']
+    if chosen.objectives.lm:
         lines.append(f"diptych caption {folder} PICTURE")
     return [*lines, f'diptych match {folder} PICTURE "a text" "another text"']
 
@@ -126,6 +132,13 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     chosen = config.load(recipe, settings)
     if not as_json:
         click.echo(config.dump(chosen))
+    if isinstance(chosen, config.TextSettings):
+        from diptych.train.text_cost import cost, lines
+
+        found = cost(chosen)
+        click.echo(json.dumps({"settings": chosen.model_dump(mode="json"), "cost": found}, indent=1) if as_json
+                   else "\n".join(lines(found, _scaled)))  # fmt: skip
+        return
     from diptych.data.readers.source import is_here
     from diptych.train import room
     from diptych.train.build import splits
@@ -218,7 +231,15 @@ def evaluate(
 
     Retrieval by ITC and re-ranked by ITM, generated captions, and chance beside each figure.
     """
-    _check_run(run)
+    if _is_text(run):
+        given = {"--rerank": rerank, "--java-metric": java_metrics or None, "--views": views}
+        for option, value in given.items():
+            if value is not None:
+                raise UserError(f"{option}: {run} is a language model, which has no pictures")
+        from diptych.train import text_evaluation
+
+        text_evaluation.evaluate(run, split, click.echo)
+        return
     from diptych.train.evaluation import evaluate
 
     evaluate(run, split, rerank, views, report=not no_report, say=click.echo, java_metrics=java_metrics)
@@ -232,8 +253,8 @@ def compare(before: Path, after: Path) -> None:
 
     Recall with a paired interval of the difference, and the pictures that changed.
     """
-    _check_run(before)
-    _check_run(after)
+    _check_pictured(before, "compare")
+    _check_pictured(after, "compare")
     from diptych.evaluate.compare import compare
 
     for line in compare(before, after):
@@ -247,7 +268,7 @@ def compare(before: Path, after: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For machines: a list of objects.")
 def caption(run: Path, pictures: tuple[str, ...], beams: int | None, as_json: bool) -> None:
     """Say what is on each PICTURE."""
-    _check_run(run)
+    _check_pictured(run, "caption")
     _check_pictures(pictures)
     import diptych
     from diptych.generate import Search
@@ -276,7 +297,7 @@ def match(run: Path, picture: str, texts: tuple[str, ...], as_json: bool) -> Non
 
     ITC is the cosine between the two, from −1 to 1; ITM the probability that they belong together.
     """
-    _check_run(run)
+    _check_pictured(run, "match")
     _check_pictures([picture])
     for place, text in enumerate(texts, start=1):
         if not text.strip():
@@ -297,10 +318,82 @@ def match(run: Path, picture: str, texts: tuple[str, ...], as_json: bool) -> Non
         click.echo(" ".join(format(row[name], f">{shape[name]}") for name in told) + f"  {text}")
 
 
+@cli.command()
+@click.argument("text")
+@click.option("--model", metavar="FOLDER|ID", help="A BERT, RoBERTa or GPT-2 of the hub's; default: the starter BERT.")
+@click.option("--out", type=click.Path(path_type=Path), default="explain.html", show_default=True, help="The page.")
+def explain(text: str, model: str | None, out: Path) -> None:
+    """Show where a model looks when it reads TEXT.
+
+    Attention by layer and head, drawn on one HTML page that needs no network.
+    """
+    if not text.strip():
+        raise UserError("the text is empty: give words")
+    from diptych.explain.page import check_free, write_page
+
+    check_free(out)
+    from diptych.checkpoints import starter
+    from diptych.checkpoints.texts import open_text, open_tokenizer
+    from diptych.explain.maps import of_text
+
+    folder = model or starter.text_folder()
+    opened, family = open_text(folder)
+    maps = of_text(opened, open_tokenizer(folder), text)
+    layers, heads = maps.weights.shape[:2]
+    write_page(out, maps, text, f"{model or 'MiniLM-L6-H384, the starter weights'} ({family})")
+    size = _scaled(out.stat().st_size, "B")
+    click.echo(f"{out} ({size}): {layers} layers × {heads} heads, {len(maps.queries)} tokens. Open it in a browser.")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=40, show_default=True, help="New ones, at most.")
+@click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="1 is greedy.")
+@click.option("--sample", is_flag=True, help="Draw each word by its chance; --seed tells another draw apart.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def complete(run: Path, texts: tuple[str, ...], max_tokens: int, beams: int, sample: bool, seed: int) -> None:
+    """Go on with each TEXT, or fill in its [MASK].
+
+    RUN is a language model: causal_lm and prefix_lm go on, masked_lm fills in.
+    """
+    if not _is_text(run):
+        raise UserError(f"{run} is no language model: `diptych train causal` and `diptych train masked` make one")
+    import diptych
+    from diptych.generate import Search, new_only
+
+    opened = diptych.load(run)
+    if opened.settings.program == "masked_lm":
+        for text in texts:
+            for place, row in enumerate(opened.fill(text), start=1):
+                told = "  ".join(f"{name} {chance:.1%}" for name, chance in row)
+                click.echo(f"[MASK] {place}: {told}" if text.count("[MASK]") > 1 else told)
+        return
+    search = Search(beams=beams, sample=sample, max_length=max_tokens, count=new_only)
+    for text, rest in zip(texts, opened.complete(texts, search, seed), strict=True):
+        click.echo(f"{text} {rest}" if rest else text)
+
+
+def _is_text(folder: Path) -> bool:
+    """Whether a run is a language model's."""
+    _check_run(folder)
+    file = folder / "settings.yaml"
+    if not file.is_file():
+        return False
+    from diptych import config
+
+    return isinstance(config.load(str(file)), config.TextSettings)
+
+
 def _check_run(folder: Path) -> None:
     """Before the seconds that models take to be imported."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the run that `diptych train` made")
+
+
+def _check_pictured(folder: Path, what: str) -> None:
+    if _is_text(folder):
+        raise UserError(f"{folder} is a language model, and {what} wants one of pictures")
 
 
 def _check_pictures(paths: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -186,20 +186,27 @@ class Evaluation(Section):
 
 
 class Settings(Section):
-    """One run, whole. out: its folder."""
+    """One run, whole, of any program. out: its folder."""
+
+    program: Any
+    about: str = ""
+    out: Place
+    train: Train = Field(default_factory=Train)
+
+
+class Stage1Settings(Settings):
+    """BLIP-2's first stage."""
 
     program: Literal["stage1"] = "stage1"
-    about: str = ""
     out: Place = "runs/stage1"
     data: Data = Field(default_factory=Data)
     image_encoder: Encoder = Field(default_factory=Encoder)
     qformer: QFormer = Field(default_factory=QFormer)
     objectives: Objectives = Field(default_factory=Objectives)
-    train: Train = Field(default_factory=Train)
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")
-    def _possible(self) -> Settings:
+    def _possible(self) -> Stage1Settings:
         if not (self.objectives.itc or self.objectives.itm or self.objectives.lm):
             raise ValueError("objectives: itc, itm and lm are all 0, so nothing would be learned")
         if self.train.keep_best and not self.objectives.itc:
@@ -210,22 +217,126 @@ class Settings(Section):
         return self
 
 
+class Texts(Section):
+    """Documents of text.
+
+    path: a .txt file or a folder of them, where a document is a line, a paragraph or a file (`unit`); a .jsonl file,
+    parquet files, a saved Hugging Face dataset or hf:OWNER/NAME of the hub, where it is what `column` holds (of
+    `split`, where there are several). val, test: the like, to choose by and to report; hold_out: without val, this many
+    documents (at most a tenth) are kept for it. limit: documents read. max_tokens: of a row. pack: rows are filled with
+    one document after another, which don't see each other; otherwise a document is a row, or several.
+    """
+
+    path: Place | None = None
+    val: Place | None = None
+    test: Place | None = None
+    hold_out: int = Field(1000, ge=0)
+    unit: Literal["line", "paragraph", "file"] = "line"
+    column: str = "text"
+    split: str | None = None
+    limit: int | None = Field(None, gt=0)
+    max_tokens: int = Field(128, gt=2)
+    pack: bool = False
+    workers: int = Field(0, ge=0)
+
+
+class TextModelChoice(Section):
+    """start: "starter" (6-layer MiniLM, a BERT), a BERT, RoBERTa or GPT-2 folder or hub id, or "random" with what
+    follows. tokenizer: a folder or hub id; the start's own when None, the starter's of "random". vocabulary: "data"
+    keeps the words of the documents alone, of a model that begins at random. kind: of blocks and head. mlp: None = 4 ×
+    width.
+    """
+
+    start: Place = "starter"
+    tokenizer: Place | None = None
+    vocabulary: Literal["all", "data"] = "all"
+    kind: Literal["bert", "gpt2"] = "bert"
+    width: int = Field(256, gt=0)
+    layers: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0)
+    mlp: int | None = Field(None, gt=0)
+    positions: int = Field(512, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> TextModelChoice:
+        if self.width % self.heads:
+            raise ValueError(f"model.width={self.width} is no multiple of model.heads={self.heads}")
+        if self.vocabulary == "data" and self.start != "random":
+            raise ValueError("model.vocabulary=data is for a model that begins at random: give model.start=random")
+        return self
+
+
+class TextObjective(Section):
+    """smoothing: of labels. share: of words that are hidden (masked_lm); whole_words: with all their pieces, else each
+    piece by itself."""
+
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    share: float = Field(0.15, gt=0, lt=1)
+    whole_words: bool = False
+
+
+class TextEvaluation(Section):
+    """batch: rows at a time, of which no figure depends. one_word: of a masked_lm, hide each word of a document once,
+    and nothing else, rather than `share` of all words. limit: documents evaluated, None = all."""
+
+    batch: int = Field(64, gt=0)
+    one_word: bool = False
+    limit: int | None = Field(None, gt=0)
+
+
+class TextSettings(Settings):
+    """A language learned from text: words that are hidden, the next word, or the next after a prefix that sees itself
+    whole."""
+
+    program: Literal["masked_lm", "causal_lm", "prefix_lm"]
+    out: Place = "runs/text"
+    data: Texts = Field(default_factory=Texts)
+    model: TextModelChoice = Field(default_factory=TextModelChoice)
+    objectives: TextObjective = Field(default_factory=TextObjective)
+    evaluation: TextEvaluation = Field(default_factory=TextEvaluation)
+
+    @model_validator(mode="after")
+    def _possible(self) -> TextSettings:
+        if self.program == "prefix_lm" and self.data.pack:
+            raise ValueError("data.pack=true fills a row with several documents, and prefix_lm wants one a row")
+        return self
+
+
+Kind = TypeVar("Kind", bound=Settings)
+PROGRAMS: dict[str, type[Settings]] = {
+    "stage1": Stage1Settings,
+    "masked_lm": TextSettings,
+    "causal_lm": TextSettings,
+    "prefix_lm": TextSettings,
+}
+
+
+def kind_of(tree: Any, where: str = "settings") -> type[Settings]:
+    """The kind of settings that a recipe's tree is of, by its `program`."""
+    name = tree.get("program", "stage1") if isinstance(tree, dict) else "stage1"
+    if name not in PROGRAMS:
+        raise UserError(f"{where}: no program '{name}'{nearest(str(name), PROGRAMS)}; there are {', '.join(PROGRAMS)}")
+    return PROGRAMS[name]
+
+
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _shelf().iterdir() if f.name.endswith(".yaml"))
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a recipe, by name or path, with `key=value` overrides (`train.lr=3e-4`)."""
+def load(recipe: str, overrides: Sequence[str] = ()) -> Any:
+    """Settings of a recipe, by name or path, with `key=value` overrides (`train.lr=3e-4`), of the kind that its program
+    wants."""
     return _with(overrides, _read(recipe), recipe)
 
 
-def changed(settings: Settings, overrides: Sequence[str]) -> Settings:
+def changed(settings: Kind, overrides: Sequence[str]) -> Kind:
     """The same settings but for `overrides`, as `load` takes them."""
     return _with(overrides, settings.model_dump(mode="json"), "settings")
 
 
-def _with(overrides: Sequence[str], tree: Any, where: str) -> Settings:
+def _with(overrides: Sequence[str], tree: Any, where: str) -> Any:
     _once(overrides)
     for override in overrides:
         _put(tree, override)
@@ -241,14 +352,15 @@ def _once(overrides: Sequence[str]) -> None:
                             "many of it")  # fmt: skip
 
 
-def parse(tree: Any, where: str) -> Settings:
+def parse(tree: Any, where: str) -> Any:
     """Typed settings from a YAML tree; a UserError names the key that is wrong, and the nearest right one."""
     if not isinstance(tree, dict):
         raise UserError(f"{where}: a recipe is a YAML mapping of settings, not {type(tree).__name__}")
+    kind = kind_of(tree, where)
     try:
-        return Settings.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_plain(error)}") from None
+        raise UserError(f"{where}: {_plain(error, kind)}") from None
 
 
 def dump(settings: Settings) -> str:
@@ -285,7 +397,7 @@ def _text(file: Path) -> str:
         raise UserError(f"{file}: can't be read as a recipe ({type(error).__name__})") from None
 
 
-def keys(model: type[BaseModel] = Settings, before: str = "") -> list[str]:
+def keys(model: type[BaseModel] = Stage1Settings, before: str = "") -> list[str]:
     """Every dotted key."""
     found = []
     for name, info in model.model_fields.items():
@@ -299,8 +411,8 @@ def _put(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"'{override}': settings are given as key=value, such as train.lr=3e-4")
-    if key not in keys():
-        known = keys()
+    known = keys(kind_of(tree))
+    if key not in known:
         tails = [k for k in known if k.endswith("." + key)]
         hint = f"; did you mean '{tails[0]}'?" if len(tails) == 1 else nearest(key, known)
         raise UserError(f"'{key}': there is no such setting{hint}")
@@ -322,12 +434,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def _plain(error: ValidationError) -> str:
+def _plain(error: ValidationError, kind: type[Settings]) -> str:
     """The first fault of a validation, in one line."""
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"'{key}': there is no such setting{nearest(key, keys())}"
+        return f"'{key}': there is no such setting{nearest(key, keys(kind))}"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     given = fault.get("input")

@@ -81,10 +81,19 @@ def columns(file: str) -> list[str]:
 
 def values(file: str, column: str) -> list[Any]:
     """What a column holds, each once, in order of appearance. OSError where the table can't be read."""
+    return _column(file, column).unique().to_pylist()
+
+
+def cells(file: str, column: str) -> list[Any]:
+    """What a column holds, row by row. OSError where the table can't be read."""
+    return _column(file, column).to_pylist()
+
+
+def _column(file: str, column: str) -> pa.ChunkedArray:
     if not file.endswith(PARQUET):
-        return mapped(file).column(column).unique().to_pylist()
+        return mapped(file).column(column)
     with _told(file):
-        return _pyarrow().parquet.read_table(file, columns=[column]).column(column).unique().to_pylist()
+        return _pyarrow().parquet.read_table(file, columns=[column]).column(column)
 
 
 def saved(folder: Path) -> list[tuple[Path, str]]:

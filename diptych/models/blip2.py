@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diptych.core.attention import Normed
 from diptych.core.memory import Memory, Past
-from diptych.models.language import LanguageHead
+from diptych.models.language import LanguageHead, initialise
 from diptych.models.qformer import QFormer, QFormerConfig
 from diptych.objectives.language import shifted
 
@@ -48,7 +48,7 @@ class Stage1Model(nn.Module):
         self.matching_head = nn.Linear(width, 2)
         self.language_head = LanguageHead(self.qformer.embeddings.word, config.qformer.stack.eps)
         self.temperature = nn.Parameter(torch.tensor([config.temperature]))
-        self.apply(_initialise)
+        self.apply(initialise)
         self.qformer.initialise_cross_attention()
 
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> Memory:
@@ -77,13 +77,3 @@ class Stage1Model(nn.Module):
     def step(self, past: Past, ids: Tensor) -> Tensor:
         """Logits (R, V) of the token after `ids` (R, T), which follow on `past` and extend it."""
         return self.language_head(self.qformer.caption(past, ids, torch.ones_like(ids))[:, -1])
-
-
-def _initialise(module: nn.Module) -> None:
-    """BERT's: N(0, 0.02²) weights, zero biases; norms are torch's own ones and zeros."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx].detach())
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -122,3 +122,13 @@ class LanguageHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.norm(self.activation(self.dense(hidden))))
+
+
+def initialise(module: nn.Module) -> None:
+    """BERT's: N(0, 0.02²) weights, zero biases; norms are torch's own ones and zeros."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx].detach())
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -28,3 +28,11 @@ def caption_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tens
 def by_caption(losses: Tensor, counts: Tensor) -> Tensor:
     """Token losses (n,) of the positions `counts` (R, T) → their sum a caption, (R,)."""
     return losses.new_zeros(counts.shape).masked_scatter(counts, losses).sum(1)
+
+
+def within(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As `shifted`, where `mask` (R, T, T) says which token looks at which: a token is predicted where it looks at the
+    one before it, and so never across two documents."""
+    counts = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    counts[:, :-1] = mask.diagonal(-1, 1, 2).bool()
+    return counts, ids[:, 1:][counts[:, :-1]]

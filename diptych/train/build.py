@@ -10,7 +10,7 @@ from torch import nn
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.starts import bert_shape, start_from_bert, started
-from diptych.config import Data, Settings
+from diptych.config import Data, Stage1Settings
 from diptych.core.config import StackConfig
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
@@ -32,7 +32,7 @@ class Built:
 
 
 def splits(
-    settings: Settings, say: Say = lambda line: None, faults: list[Fault] | None = None
+    settings: Stage1Settings, say: Say = lambda line: None, faults: list[Fault] | None = None
 ) -> dict[str, list[Record]]:
     """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them.
 
@@ -70,7 +70,7 @@ def _other(data: Data, path: str, number: int, skipped: list[Fault] | None) -> l
     return [replace(record, image_id=f"{path}: {record.image_id}", source=number) for record in records]
 
 
-def tokenizer(settings: Settings) -> Tokenizer:
+def tokenizer(settings: Stage1Settings) -> Tokenizer:
     chosen = settings.qformer
     if chosen.tokenizer:
         return Tokenizer.load(chosen.tokenizer)
@@ -80,7 +80,7 @@ def tokenizer(settings: Settings) -> Tokenizer:
 
 
 def build(
-    settings: Settings,
+    settings: Stage1Settings,
     say: Say = lambda line: None,
     initialise: bool = True,
     encoder: nn.Module | None = None,

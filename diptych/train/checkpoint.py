@@ -68,7 +68,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 class Checkpoints:
     """The checkpoints of a run, each in a folder named by the steps done; the newest `keep` stay, and the best of those
-    whose state tells a "recall".
+    whose state tells a "score", the higher the better.
 
     One is copied in memory, then written by another thread while training goes on: aside, flushed to the disk and
     renamed, so that a folder with a number is whole, whenever the machine stops. Use as a context: leaving it waits for
@@ -96,8 +96,8 @@ class Checkpoints:
         return sorted((f for f in self.folder.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name), reverse=True)
 
     def best(self) -> Path | None:
-        """The checkpoint with the highest recall, the newest of equals; None where none tells any."""
-        scores = [(recall, folder) for folder in self.newest_first() if (recall := _recall(folder)) is not None]
+        """The checkpoint with the highest score, the newest of equals; None where none tells any."""
+        scores = [(score, folder) for folder in self.newest_first() if (score := _score(folder)) is not None]
         return max(scores, key=lambda scored: scored[0])[1] if scores else None
 
     def save(
@@ -177,10 +177,10 @@ class Checkpoints:
         raise damaged[0]
 
 
-def _recall(folder: Path) -> float | None:
+def _score(folder: Path) -> float | None:
     """What a checkpoint's state tells of it."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / "state.json").read_text(encoding="utf-8")).get("recall")
+        return json.loads((folder / "state.json").read_text(encoding="utf-8")).get("score")
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diptych import config
 from diptych.checkpoints import hf, hf_blip2, io, lavis
-from diptych.config import Encoder, QFormer, Settings, TowerShape
+from diptych.config import Encoder, QFormer, Stage1Settings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
@@ -55,7 +55,7 @@ class Choices:
 class Opened:
     """A source as a run has it: its settings, what they build, filled; and what is to be said of it."""
 
-    settings: Settings
+    settings: Stage1Settings
     built: Built
     notes: list[str] = field(default_factory=list)
 
@@ -156,7 +156,7 @@ def from_lavis(file: Path, choices: Choices) -> Opened:
     return opened
 
 
-def _tower_beside(file: Path, settings: Settings, choices: Choices) -> dict[str, Tensor]:
+def _tower_beside(file: Path, settings: Stage1Settings, choices: Choices) -> dict[str, Tensor]:
     """The tensors of the tower's own file; none when `choices` name an encoder, which the settings then do."""
     chosen = choices.image_encoder
     if chosen is None:
@@ -211,14 +211,14 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
     return opened
 
 
-def _settings(about: str) -> Settings:
+def _settings(about: str) -> Stage1Settings:
     """A run that was not trained here, and whose numbers are the source's: in float32."""
-    settings = Settings(about=about)
+    settings = Stage1Settings(about=about)
     settings.data.val, settings.train.precision = None, "float32"
     return settings
 
 
-def _built(settings: Settings, choices: Choices, source: str) -> Opened:
+def _built(settings: Stage1Settings, choices: Choices, source: str) -> Opened:
     settings.qformer.tokenizer = choices.tokenizer
     try:
         return Opened(settings, build(settings, initialise=False))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych.config import Encoder, Settings, Train
+from diptych.config import Encoder, Stage1Settings, Train
 from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
@@ -94,7 +94,7 @@ def work(program: Stage1, batch: int, tokens: int, is_kept: bool) -> int:
     return sum(flops.values()) + (0 if is_kept else image * batch)
 
 
-def cost(settings: Settings, built: Built, records: list[Record] | None = None) -> Cost:
+def cost(settings: Stage1Settings, built: Built, records: list[Record] | None = None) -> Cost:
     """What a step of `settings` takes. built: by `to_count`. records: of the training split, for captions' length and
     the features' size; without them captions are as long as they may be."""
     program, is_kept = built.program, settings.data.cache != "none"
@@ -125,7 +125,7 @@ def cost(settings: Settings, built: Built, records: list[Record] | None = None) 
     return Cost(batch, tokens, seen, is_kept, name, parameters(program), image, flops, memory)
 
 
-def to_count(settings: Settings, records: list[Record] | None = None) -> Built:
+def to_count(settings: Stage1Settings, records: list[Record] | None = None) -> Built:
     """What the settings build, for counting alone. records: of the training split, where a vocabulary is trimmed."""
     texts = [text for record in records or () for text in record.captions]
     return build(settings, initialise=False, encoder=_weightless(settings.image_encoder), texts=texts)

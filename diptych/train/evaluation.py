@@ -37,7 +37,8 @@ from diptych.objectives import gather
 from diptych.train import features, processes, skipped
 from diptych.train.build import splits
 from diptych.train.checkpoint import fingerprint
-from diptych.train.run import Run, load, settings_of
+from diptych.train.run import load, settings_of
+from diptych.train.stage1 import Run
 from diptych.train.watch import Silent, Watch
 
 SHOWN = 12  # pictures of a report's gallery

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.config import Encoder, Settings
+from diptych.config import Encoder, Stage1Settings
 from diptych.data import cache, features
 from diptych.data.cache import FeatureCache, Table
 from diptych.data.features import BATCH, Encoded
@@ -31,7 +31,7 @@ MAKERS = ("torch", "torchvision", "timm", "transformers", "pillow")
 
 
 def pictures(
-    settings: Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
+    settings: Stage1Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
 ) -> tuple[Sequence[Record], Pictures]:
     """Features made beforehand, or files read at each step, as `data.cache` says; and the records that they are of."""
     data = settings.data
@@ -43,7 +43,7 @@ def pictures(
 
 
 def encoded(
-    settings: Settings,
+    settings: Stage1Settings,
     encoder: nn.Module,
     records: Sequence[Record],
     watch: Watch,
@@ -59,7 +59,7 @@ def encoded(
 
 
 def _encoded(
-    settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str, faults: list[Fault]
+    settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str, faults: list[Fault]
 ) -> tuple[list[Record], Tensor | Table]:
     if settings.data.cache == "disk":
         kept, found, tokens = _on_disk(settings, encoder, files, watch, what)
@@ -71,7 +71,7 @@ def _encoded(
     return _whole(files, kept), tokens
 
 
-def _in_memory(settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str) -> Encoded:
+def _in_memory(settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str) -> Encoded:
     """All of them. Several processes share the work by whole batches, so that these are the same for any number."""
     own = processes.part(-(-len(files) // BATCH))
     places = range(len(files))[own.start * BATCH : own.stop * BATCH]
@@ -82,7 +82,7 @@ def _in_memory(settings: Settings, encoder: nn.Module, files: Files, watch: Watc
 
 
 def _on_disk(
-    settings: Settings, encoder: nn.Module, files: Files, watch: Watch, what: str
+    settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str
 ) -> tuple[list[int], list[Fault], Table]:
     """The places in `files` that are of use, the faults of the others, and the tokens. Encodes what the cache has
     not yet; says how much that is beforehand, and refuses where the disk has no room for it."""

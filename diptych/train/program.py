@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
+from diptych.data.steps import Batch
 
 
 @dataclass
@@ -29,11 +31,17 @@ class Program(nn.Module):
     """
 
     entrances = ("encode", "loss")
+    batches: type = Batch  # what a step is given
     trains_all = True  # whether every step gives each trained weight a gradient
 
     def __init__(self) -> None:
         super().__init__()
         self.started: dict[str, int] = {}  # weights that another model gave → how many blocks lie above each
+
+    @property
+    def stack(self) -> Stack:
+        """The stack whose last blocks may recompute their inside, for memory (`train.checkpoint_last`)."""
+        raise NotImplementedError
 
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
+from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
 from diptych.data.transforms import normalised
@@ -87,6 +88,8 @@ class Held:
 class Stage1(Program):
     """BLIP-2's first stage: contrast, matching and language modelling over one projection of each picture."""
 
+    batches = PairBatch
+
     def __init__(
         self,
         image_encoder: nn.Module | None,
@@ -102,6 +105,10 @@ class Stage1(Program):
         looks = image_encoder is None or is_frozen(image_encoder)  # another's may have weights that nothing looks at
         self.trains_all = looks and all((objectives.itc, objectives.itm, objectives.lm))
         self.likeness: dict[str, Tensor] = {}
+
+    @property
+    def stack(self) -> Stack:
+        return self.model.qformer.stack
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diptych.config import Settings
+from diptych.config import Settings, Stage1Settings
 from diptych.core.surgery import is_frozen
 from diptych.errors import UserError
 from diptych.objectives import gather
@@ -16,9 +16,8 @@ from diptych.train.loop import device, precision
 
 
 def check(settings: Settings) -> None:
-    """`UserError` for what the settings alone tell."""
+    """`UserError` for what the settings of any program alone tell."""
     trackers.check(settings.train.trackers)
-    check_weights(settings.image_encoder)
     _check_several(settings)
     train = settings.train
     if train.optimizer == eightbit.NAME:
@@ -28,7 +27,23 @@ def check(settings: Settings) -> None:
         compiled.check("train.compile", device())
 
 
-def check_encoder(settings: Settings, encoder: nn.Module | None) -> None:
+def check_stage1(settings: Stage1Settings) -> None:
+    """`UserError` for what pictures and captions ask for besides."""
+    check_weights(settings.image_encoder)
+    (_, size), train = gather.world(), settings.train
+    if size > 1 and settings.data.cache == "memory":
+        raise UserError(
+            f"data.cache=memory would make and hold all features in each of {size} processes: "
+            "give data.cache=disk, which they share, or data.cache=none"
+        )
+    if size > 1 and train.accumulate > 1 and settings.objectives.itm and not settings.image_encoder.frozen:
+        raise UserError(
+            "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
+            "encoder would hear nothing of it: give train.accumulate=1, image_encoder.frozen=true or objectives.itm=0"
+        )
+
+
+def check_encoder(settings: Stage1Settings, encoder: nn.Module | None) -> None:
     """`UserError` where batch norms of a trained encoder would see parts of a batch."""
     _, size = gather.world()
     if encoder is None or is_frozen(encoder) or (size == 1 and settings.train.accumulate == 1):
@@ -42,7 +57,7 @@ def check_encoder(settings: Settings, encoder: nn.Module | None) -> None:
 
 def _check_several(settings: Settings) -> None:
     """Of several processes."""
-    train, (_, size) = settings.train, gather.world()
+    train = settings.train
     if train.parallel == "fsdp" and dist.is_initialized():
         if precision(train.precision, device()) == torch.float16:
             raise UserError(
@@ -50,13 +65,3 @@ def _check_several(settings: Settings) -> None:
             )
         if train.optimizer == eightbit.NAME:
             raise UserError(f"train.optimizer={eightbit.NAME} keeps its moments whole: give train.parallel=ddp")
-    if size > 1 and settings.data.cache == "memory":
-        raise UserError(
-            f"data.cache=memory would make and hold all features in each of {size} processes: "
-            "give data.cache=disk, which they share, or data.cache=none"
-        )
-    if size > 1 and train.accumulate > 1 and settings.objectives.itm and not settings.image_encoder.frozen:
-        raise UserError(
-            "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
-            "encoder would hear nothing of it: give train.accumulate=1, image_encoder.frozen=true or objectives.itm=0"
-        )

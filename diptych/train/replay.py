@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diptych.data.pairs import PairBatch
 from diptych.errors import UserError
 from diptych.train import loop
 from diptych.train.checkpoint import fill, set_generators
@@ -36,7 +35,7 @@ def replay(run: Path, step: int | None = None) -> Iterator[str]:
     program = built.program.to(where).train()
     tensors: dict[str, Any] = load_file(folder / "batch.safetensors")
     set_generators({name: tensors.pop(name) for name in list(tensors) if name.startswith("generator.")})
-    batch = PairBatch(**tensors, step=state["step"]).to(where)
+    batch = program.batches(**tensors, step=state["step"]).to(where)
     yield f"step {state['step']}: {state['reason']}"
     with first_not_finite(program) as found, loop.autocast(getattr(torch, state["precision"]), where):
         losses = program(batch)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from diptych import config
-from diptych.config import Settings
+from diptych.config import Stage1Settings
 from diptych.data.records import Record
 from diptych.train.build import Built
 from diptych.train.cost import Cost, cost
@@ -29,7 +29,7 @@ def fits(total: int, room: int) -> bool:
 
 
 def ways(
-    settings: Settings, built: Built, records: list[Record] | None, found: Cost, room: int
+    settings: Stage1Settings, built: Built, records: list[Record] | None, found: Cost, room: int
 ) -> dict[tuple[str, ...], int]:
     """What can be set to train the same model in less memory than `found`, as typed, and the bytes predicted then.
 
@@ -51,7 +51,7 @@ def ways(
     return took
 
 
-def _degrees(settings: Settings, built: Built, found: Cost) -> list[list[str]]:
+def _degrees(settings: Stage1Settings, built: Built, found: Cost) -> list[list[str]]:
     """Each setting that saves memory, from mild to strong."""
     chunks = [2**power for power in range(1, found.batch.bit_length()) if 2**power > settings.train.accumulate]
     blocks = len(built.program.model.qformer.stack.blocks)
@@ -63,5 +63,5 @@ def _degrees(settings: Settings, built: Built, found: Cost) -> list[list[str]]:
     return [degrees for degrees in ways if degrees]
 
 
-def _total(settings: Settings, built: Built, records: list[Record] | None, typed: Sequence[str]) -> int:
+def _total(settings: Stage1Settings, built: Built, records: list[Record] | None, typed: Sequence[str]) -> int:
     return cost(config.changed(settings, typed), built, records).total

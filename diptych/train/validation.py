@@ -18,7 +18,7 @@ RECALL = "val_recall"
 
 
 @dataclass
-class Validation:
+class Recalls:
     """`model` is what `program` trains, in use. Nothing is drawn: a run ends in the same bits as without it."""
 
     program: Program
@@ -35,3 +35,6 @@ class Validation:
         found = galleries.by_itc(scores, self.gallery, draws=0)
         recalls = {f"val_{direction}_r1": found[direction]["r@1"] for direction in DIRECTIONS}
         return recalls | {RECALL: statistics.fmean(found[way][f"r@{k}"] for way in DIRECTIONS for k in KS)}
+
+    def score(self, figures: dict[str, float]) -> float:
+        return figures[RECALL]

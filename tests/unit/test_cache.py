@@ -163,7 +163,7 @@ def records(tmp_path) -> list[Record]:
     return [Record(str(tmp_path / f"{i}.png"), ("x",), i, f"row {i}") for i in range(7)]
 
 
-def settings(tmp_path: Path, *more: str) -> config.Settings:
+def settings(tmp_path: Path, *more: str) -> config.Stage1Settings:
     folder = f"data.cache_folder={tmp_path / 'features'}"
     return config.load("photos", ["data.cache=disk", folder, "data.on_bad=skip", *more])
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych import config
-from diptych.config import Encoder, Settings
+from diptych.config import Encoder, Stage1Settings
 from diptych.core.surgery import freeze
 from diptych.data.records import Record
 from diptych.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def vocabulary(folder: Path, words: int) -> str:
     return str(folder)
 
 
-def settings(folder: Path, words: int = 200, **overrides: object) -> Settings:
+def settings(folder: Path, words: int = 200, **overrides: object) -> Stage1Settings:
     small: dict[str, object] = {
         "qformer.start": "random", "qformer.tokenizer": vocabulary(folder, words), "qformer.width": 32,
         "qformer.heads": 2, "qformer.layers": 2, "qformer.queries": 4, "qformer.embed": 16, "qformer.dropout": 0,

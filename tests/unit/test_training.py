@@ -369,7 +369,7 @@ def test_the_best_stays_beside_the_newest_and_is_used(tmp_path):
         for step, recall in enumerate((0.1, 0.5, 0.3, 0.5, 0.2, 0.4), start=1):
             with torch.no_grad():
                 made.model.temperature.fill_(step)
-            shelf.save(step, made, moves, {"recall": recall})
+            shelf.save(step, made, moves, {"score": recall})
         shelf.wait()
         assert [int(folder.name) for folder in shelf.newest_first()] == [6, 5, 4] and shelf.best().name == "00000004"
         used, on = program(), program()
@@ -377,7 +377,7 @@ def test_the_best_stays_beside_the_newest_and_is_used(tmp_path):
         assert shelf.load(on, training=True)[0].name == "00000006" and on.model.temperature.item() == 6
         cut_at(tmp_path / "00000004/model.safetensors", 0.5)
         assert shelf.load(used, told.append)[0].name == "00000006" and "00000006 is used in its place" in told[0]
-        shelf.save(5, made, moves, {"recall": 0.1})  # of a life that began again before 6
+        shelf.save(5, made, moves, {"score": 0.1})  # of a life that began again before 6
         shelf.wait()
         assert [int(folder.name) for folder in shelf.newest_first()] == [5, 4]
 

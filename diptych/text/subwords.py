@@ -1,0 +1,89 @@
+"""Any subword tokenizer, as text models are trained with: BERT's WordPiece, RoBERTa's and GPT-2's bytes.
+
+R texts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer as Rust
+
+from diptych.errors import UserError
+from diptych.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Pieces(NamedTuple):
+    """A text's tokens, without special ones. ids, words: (n,) and which word of the text each is a part of."""
+
+    ids: np.ndarray
+    words: np.ndarray
+
+
+class Subwords:
+    """Texts ↔ ids. `begin` and `end` stand around a text ([CLS] and [SEP], <s> and </s>, or GPT-2's one token for
+    both), `pad` fills up, `mask` is None where there is none; `special` are all that are no part of a text."""
+
+    def __init__(self, fast: Any):
+        """fast: a tokenizer of `transformers`, of the fast kind."""
+        self.fast, self.rust = fast, fast.backend_tokenizer
+        self.rust.no_padding()
+        self.rust.no_truncation()
+        begin, end = (fast.cls_token_id, fast.sep_token_id), (fast.bos_token_id, fast.eos_token_id)
+        self.begin, self.end = begin if None not in begin else end
+        if self.begin is None or self.end is None:
+            raise UserError(f"{fast.name_or_path}: the tokenizer has no tokens that begin and end a text")
+        self.pad = self.end if fast.pad_token_id is None else fast.pad_token_id
+        self.mask: int | None = fast.mask_token_id
+        self.special = sorted({*fast.all_special_ids, self.begin, self.end, self.pad})
+        self.size = len(fast)
+
+    @classmethod
+    def of_words(cls, tokenizer: Tokenizer) -> Subwords:
+        """Of a WordPiece vocabulary, such as `Tokenizer.trimmed` makes."""
+        return cls(_wrapped(tokenizer.rust))
+
+    def trimmed(self, texts: Iterable[str]) -> tuple[Subwords, np.ndarray]:
+        """As `Tokenizer.trimmed`, of WordPiece alone."""
+        if json.loads(self.rust.to_str())["model"].get("type") != "WordPiece":
+            raise UserError("only a WordPiece vocabulary (BERT's) can be trimmed to the words of the data")
+        words, kept = Tokenizer(Rust.from_str(self.rust.to_str()), added=()).trimmed(texts)
+        return Subwords.of_words(words), kept.numpy()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `checkpoints.texts.open_tokenizer` reads."""
+        self.fast.save_pretrained(folder)
+
+    def pieces(self, texts: Sequence[str]) -> list[Pieces]:
+        """Of each text, whole."""
+        found = self.rust.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Pieces(np.array(one.ids, np.int32), np.array([-1 if w is None else w for w in one.word_ids], np.int32))
+            for one in found
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens left out."""
+        return str(self.fast.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """What each id is called."""
+        return [str(token) for token in self.fast.convert_ids_to_tokens([int(i) for i in ids])]
+
+
+def _wrapped(rust: Rust) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]",
+        mask_token="[MASK]",
+    )  # fmt: skip

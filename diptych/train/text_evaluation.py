@@ -1,0 +1,55 @@
+"""`diptych eval` of a language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.aside import aside
+from diptych.errors import UserError
+from diptych.train.language import MaskedLM
+from diptych.train.measured import measured, rows_of
+from diptych.train.run import load
+from diptych.train.texts import splits
+
+
+def evaluate(folder: str | Path, split: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures a run on held-out documents, tells of it and writes results.json. UserError for a split it has not."""
+    run = load(folder)
+    chosen, parts = run.settings.evaluation, splits(run.settings)
+    split = split or ("test" if "test" in parts else "val")
+    if split not in parts:
+        raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+    texts = parts[split][: chosen.limit]
+    rows = rows_of(texts, run.words, run.settings.data.max_tokens)
+    run.program.eval()
+    found = measured(run.program, rows, run.words.pad, chosen).told()
+    protocol = _protocol(run.program, chosen.one_word)
+    for line in lines(found, protocol, split):
+        say(line)
+    record = {"split": split, "program": run.settings.program, "protocol": protocol, "language": found}
+    with aside(Path(folder) / "results.json") as file:
+        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def _protocol(program: torch.nn.Module, one_word: bool) -> str:
+    if not isinstance(program, MaskedLM):
+        return "each token from those before it"
+    what = "word" if program.whole_words else "token"
+    return f"each {what} hidden once, alone" if one_word else f"{program.share:.0%} of {what}s hidden, as [MASK]"
+
+
+def lines(found: dict[str, Any], protocol: str, split: str) -> list[str]:
+    """Figures for 80 columns."""
+    low, high = found["interval"]
+    return [
+        f"{found['documents']:,} documents of '{split}': {protocol}",
+        f"  perplexity {found['perplexity']:>12.3f}   95 % interval {low:.3f}–{high:.3f}",
+        f"  accuracy   {found['accuracy']:>12.1%}   of {found['tokens']:,} tokens",
+        f"  nats       {found['loss']:>12.4f}   a token; {found['nats_a_document']:.4f} a document",
+    ]

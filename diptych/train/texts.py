@@ -1,0 +1,247 @@
+"""Runs of text alone: from documents to a language model, and that model in use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diptych.checkpoints import hf, io, starter
+from diptych.checkpoints.rules import Table
+from diptych.checkpoints.texts import FAMILIES, longest, open_tokenizer
+from diptych.config import TextModelChoice, TextSettings
+from diptych.core.config import StackConfig
+from diptych.core.memory import Past
+from diptych.data.documents import documents
+from diptych.data.readers.faults import Fault
+from diptych.data.texts import Corpus, Row, TextSteps, batch_of
+from diptych.errors import UserError
+from diptych.generate import Search, generate
+from diptych.models.heads import LanguageModel
+from diptych.models.language import TextConfig, initialise
+from diptych.text.subwords import Subwords
+from diptych.train import processes
+from diptych.train.family import Made
+from diptych.train.language import CausalLM, MaskedLM, PrefixLM, TextProgram
+from diptych.train.loop import device
+from diptych.train.measured import TextValidation, rows_of
+from diptych.train.watch import Watch
+
+HEADS = {"bert": "bert", "roberta": "roberta", "gpt2": "tied"}
+WITH_HEAD = {"bert": hf.bert_with_head, "roberta": hf.roberta_with_head, "gpt2": hf.gpt2_with_head}
+HEAD_WEIGHTS = ("cls.predictions.transform.dense.weight", "lm_head.dense.weight")  # of files that have a head
+
+
+@dataclass
+class BuiltText:
+    program: TextProgram
+    words: Subwords
+
+
+def check(settings: TextSettings) -> None:
+    if settings.data.path is None:
+        raise UserError("data.path is not set: give your text file or folder, as data.path=PATH")
+
+
+def made(settings: TextSettings, watch: Watch, faults: list[Fault]) -> Made:
+    parts = splits(settings)
+    if settings.train.keep_best and "val" not in parts:
+        raise UserError("train.keep_best: no documents are held out: give data.hold_out=NUMBER, or data.val=PATH")
+    built = build(settings, parts["train"], say=watch.say)
+    program, words, chosen = built.program.to(device()), built.words, settings.data
+    corpus = Corpus(parts["train"], words)
+    watch.say(f"{len(corpus):,} documents, {len(corpus.ids):,} tokens; a vocabulary of {words.size:,}")
+    batches = TextSteps(
+        corpus, words, settings.train.batch, chosen.max_tokens, chosen.pack, settings.train.seed, processes.part
+    )
+    validation = None
+    if settings.train.keep_best:
+        rows = rows_of(parts["val"], words, chosen.max_tokens)
+        validation = TextValidation(program, rows, words.pad, settings.evaluation)
+    digest = hashlib.blake2b(corpus.ids.tobytes(), digest_size=16).hexdigest()
+    data = {"documents": len(corpus), "tokens": len(corpus.ids), "digest": digest}
+    usual = chosen.max_tokens if chosen.pack else max(2, round(len(corpus.ids) / batches.rows))
+    return Made(program, words, batches, data, partial(work, program, usual), chosen.workers, validation)
+
+
+def rebuilt(folder: Path, settings: TextSettings) -> tuple[TextSettings, BuiltText]:
+    settings = settings.model_copy(deep=True)
+    settings.model.tokenizer = str(folder)
+    return settings, build(settings, initialised=False)
+
+
+def opened(folder: Path, settings: TextSettings, built: BuiltText, state: dict[str, Any]) -> TextRun:
+    return TextRun(folder, settings, state, built.program, built.words)
+
+
+def splits(settings: TextSettings) -> dict[str, list[str]]:
+    """Documents to train on ("train"), to choose by ("val") and to report ("test"), as the recipe names them."""
+    data = settings.data
+    read = partial(documents, unit=data.unit, column=data.column, split=data.split)
+    found = {"train": read(data.path or "")[: data.limit]}
+    found |= {name: read(path)[: data.limit] for name, path in (("val", data.val), ("test", data.test)) if path}
+    count = min(data.hold_out, len(found["train"]) // 10)
+    if "val" not in found and count:
+        order = np.random.default_rng(0).permutation(len(found["train"]))
+        whole, kept = found["train"], set(order[:count].tolist())
+        found["val"] = [whole[i] for i in sorted(kept)]
+        found["train"] = [text for i, text in enumerate(whole) if i not in kept]
+    return found
+
+
+def build(
+    settings: TextSettings, texts: Sequence[str] = (), initialised: bool = True, say=lambda line: None
+) -> BuiltText:
+    """The program, from random numbers keyed by the seed or, with `initialised`, from the start that settings name.
+    texts: the documents to be learned, which the vocabulary is trimmed to where settings say so."""
+    torch.manual_seed(settings.train.seed)
+    chosen, on = settings.model, settings.objectives
+    start = str(starter.text_folder()) if chosen.start == "starter" else chosen.start
+    words = Subwords(open_tokenizer(chosen.tokenizer or (starter.text_folder() if start == "random" else start)))
+    if texts and chosen.vocabulary == "data":
+        words, _ = words.trimmed(texts)
+    if start == "random":
+        config, family = _fresh(chosen, words), chosen.kind
+    else:
+        config, family = _theirs(start, chosen.dropout)
+    model = LanguageModel(config, HEADS[family])
+    model.apply(initialise)
+    if start != "random" and initialised:
+        for line in fill(model, start, family):
+            say(line)
+    if settings.data.max_tokens > longest(config):
+        raise UserError(f"data.max_tokens={settings.data.max_tokens}, and the model knows {longest(config)} positions")
+    if words.size > config.vocab:
+        raise UserError(f"the tokenizer has {words.size} tokens, and the model knows {config.vocab}; give its own")
+    common = (model, settings.train.seed, settings.data.max_tokens)
+    if settings.program == "masked_lm":
+        if words.mask is None or family == "gpt2":
+            raise UserError(f"masked_lm hides words from a model that sees all others, and {start} is a GPT-2: "
+                            "give a BERT or RoBERTa, or program=causal_lm")  # fmt: skip
+        program = MaskedLM(*common, words.mask, on.smoothing, on.share, on.whole_words)
+    else:
+        program = (PrefixLM if settings.program == "prefix_lm" else CausalLM)(*common, on.smoothing)
+    if start != "random":
+        program.started = _started(program)
+    return BuiltText(program, words)
+
+
+def _fresh(chosen: TextModelChoice, words: Subwords) -> TextConfig:
+    is_bert = chosen.kind == "bert"
+    stack = StackConfig(
+        chosen.width, chosen.layers, chosen.heads, chosen.mlp or 4 * chosen.width,
+        norm="post" if is_bert else "pre", activation="gelu" if is_bert else "gelu_tanh",
+        eps=1e-12 if is_bert else 1e-5, final_norm=not is_bert,
+        dropout=chosen.dropout, attention_dropout=chosen.dropout,
+    )  # fmt: skip
+    if is_bert:
+        return TextConfig(stack, words.size, chosen.positions, pad_id=words.pad)
+    return TextConfig(
+        stack, words.size, chosen.positions, norm_embeddings=False, causal=True, pad_id=None, count_from=0
+    )
+
+
+def _theirs(start: str, dropout: float) -> tuple[TextConfig, str]:
+    """The config of a folder or hub id, with our dropout, and its family."""
+    theirs = hf.config_of(io.find(start))
+    if theirs.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{start}: a model of type '{theirs.model_type}'; {known} are known")
+    config = FAMILIES[theirs.model_type][0](theirs)
+    stack = replace(config.stack, dropout=dropout, attention_dropout=dropout)
+    return replace(config, stack=stack), theirs.model_type
+
+
+def fill(model: LanguageModel, start: str, family: str) -> list[str]:
+    """Fills a model from its start, the head too where the file has one; says what was taken."""
+    held = io.read(start)
+    if family == "gpt2" or any(name.endswith(HEAD_WEIGHTS) for name in held):
+        table: Table = WITH_HEAD[family](model.text.config)
+        if family == "gpt2" and not any(name.startswith("transformer.") for name in held):
+            return [*io.load(model.text, start, hf.gpt2(model.text.config)), f"started from {start}"]
+        return [*io.load(model, start, table), f"started from {start}, with its head"]
+    notes = io.load(model.text, start, FAMILIES[family][1](model.text.config))
+    return [*notes, f"started from {start}; its file has no LM head: that begins at random"]
+
+
+def _started(program: TextProgram) -> dict[str, int]:
+    """Weights that the start gave → how many blocks lie above each."""
+    layers = len(program.model.text.stack.blocks)
+
+    def above(name: str) -> int:
+        number = name.partition(".blocks.")[2].partition(".")[0]
+        return layers - 1 - int(number) if number else layers
+
+    return {name: above(name) for name, _ in program.named_parameters() if name.startswith("model.text.")}
+
+
+def work(program: TextProgram, tokens: int) -> float:
+    """FLOPs of a row of so many tokens, forward and backward, the head for what is predicted alone."""
+    ids = torch.zeros((2, tokens), dtype=torch.long, device=device())
+    row = Row(*(np.zeros(tokens, np.int64) for _ in range(4)))
+    batch = replace(batch_of([row, row], 0), ids=ids).to(device())
+    was_training = program.training
+    program.train()
+    with FlopCounterMode(display=False) as counter:
+        program(batch)["loss"].backward()
+    program.zero_grad(set_to_none=True)
+    program.train(was_training)
+    return counter.get_total_flops() / 2
+
+
+@dataclass
+class TextRun:
+    """A trained language model, opened."""
+
+    folder: Path
+    settings: TextSettings
+    state: dict[str, Any]
+    program: TextProgram
+    words: Subwords
+
+    @property
+    def model(self) -> nn.Module:
+        return self.program.model
+
+    @torch.no_grad()
+    def complete(self, texts: Sequence[str], search: Search | None = None, seed: int = 0) -> list[str]:
+        """How each text goes on (causal_lm, prefix_lm): the words that follow. seed: of what is drawn."""
+        if isinstance(self.program, MaskedLM):
+            raise UserError(f"{self.folder} has learned hidden words, not how a text goes on; ask it to fill [MASK]")
+        search = search or Search(max_length=self.settings.data.max_tokens)
+        rows = [[self.words.begin, *piece.ids.tolist()] for piece in self.words.pieces(texts)]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.words.pad, device=device())
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        past = Past.empty(len(self.program.stack.blocks))
+        draw = torch.Generator(device()).manual_seed(seed)
+        step, end, pad = self.program.model.step, self.words.end, self.words.pad
+        found = generate(step, past, ids, end, pad, search, draw, mask=mask)
+        return [self.words.decode(out[len(row) :]) for row, out in zip(rows, found.ids.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def fill(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each [MASK] in a text (masked_lm) the likeliest tokens and their probabilities."""
+        if not isinstance(self.program, MaskedLM):
+            raise UserError(f"{self.folder} has learned how texts go on, and fills nothing in; ask it to complete")
+        token = self.words.fast.mask_token
+        if token not in text:
+            raise UserError(f"the text has no {token} to be filled in")
+        piece = self.words.pieces([text])[0]
+        ids = torch.tensor([[self.words.begin, *piece.ids.tolist(), self.words.end]], device=device())
+        chances = self.program.model(ids)[0, ids[0] == self.words.mask].float().softmax(-1)
+        best = chances.topk(min(top, self.words.size))
+        return [
+            [(name, chance) for name, chance in zip(self.words.tokens(row), shares.tolist(), strict=True)]
+            for row, shares in zip(best.indices.tolist(), best.values, strict=True)
+        ]
