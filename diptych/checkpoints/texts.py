@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.checkpoints import hf, io
 from diptych.checkpoints.rules import Table
 from diptych.errors import UserError
+from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig, TextModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # By the model_type of a config.json: their config → ours, and the key table of it.
 FAMILIES: dict[str, tuple[Callable[[Any], TextConfig], Callable[[TextConfig], Table]]] = {
@@ -20,6 +21,9 @@ FAMILIES: dict[str, tuple[Callable[[Any], TextConfig], Callable[[TextConfig], Ta
     "roberta": (hf.roberta_config, hf.roberta),
     "gpt2": (hf.gpt2_config, hf.gpt2),
 }
+HEADS = {"bert": "bert", "roberta": "roberta", "gpt2": "tied"}  # of `LanguageModel`
+WITH_HEAD = {"bert": hf.bert_with_head, "roberta": hf.roberta_with_head, "gpt2": hf.gpt2_with_head}
+HEAD_WEIGHTS = ("cls.predictions.transform.dense.weight", "lm_head.dense.weight")  # of files that have one of their own
 WORDS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # files that make a tokenizer, each set
 
 
@@ -28,16 +32,10 @@ def open_text(path: str | Path) -> tuple[TextModel, str]:
 
     UserError where there is none, for another family, and for what `checkpoints.load` refuses.
     """
-    folder = _folder(path)
-    theirs = hf.config_of(folder)
-    if theirs.model_type not in FAMILIES:
-        *others, last = FAMILIES
-        raise UserError(f"{path}: a model of type '{theirs.model_type}'; {', '.join(others)} and {last} are known")
-    configure, table = FAMILIES[theirs.model_type]
-    config = configure(theirs)
+    config, family = shape(path)
     model = TextModel(config)
-    io.load(model, folder, table(config))
-    return model.eval(), theirs.model_type
+    io.load(model, _folder(path), FAMILIES[family][1](config))
+    return model.eval(), family
 
 
 def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -56,6 +54,78 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if made is None or not made.is_fast:
         raise UserError(f"{path}: its tokenizer ({type(made).__name__}) can't tell where in a text its tokens stand")
     return made
+
+
+def shape(path: str | Path) -> tuple[TextConfig, str]:
+    """Our config of a folder or hub id, and its family; UserError for another family."""
+    theirs = hf.config_of(_folder(path))
+    if theirs.model_type not in FAMILIES:
+        *others, last = FAMILIES
+        raise UserError(f"{path}: a model of type '{theirs.model_type}'; {', '.join(others)} and {last} are known")
+    return FAMILIES[theirs.model_type][0](theirs), theirs.model_type
+
+
+def fill(model: LanguageModel, path: str | Path, family: str) -> list[str]:
+    """Fills a language model from a folder or hub id, the head too where its file has one; says what was taken."""
+    held = io.read(path)
+    config = model.text.config
+    if family != "gpt2" and not any(name.endswith(HEAD_WEIGHTS) for name in held):
+        notes = io.load(model.text, path, FAMILIES[family][1](config))
+        return [*notes, f"started from {path}; its file has no LM head: that begins at random"]
+    if family == "gpt2" and not any(name.startswith("transformer.") for name in held):
+        return [*io.load(model.text, path, hf.gpt2(config)), f"started from {path}"]
+    return [*io.load(model, path, WITH_HEAD[family](config)), f"started from {path}, with its head"]
+
+
+def export(
+    model: LanguageModel, family: str, folder: str | Path, is_decoder: bool, special: Mapping[str, Any]
+) -> list[str]:
+    """Writes a folder that `transformers` opens as a language model, and says what it can't hold. is_decoder: whether a
+    BERT or RoBERTa tells the next word. special: ids of its tokens by their names in a config ("pad_token_id")."""
+    config = model.text.config
+    if config.relative:
+        raise UserError(f"{folder}: transformers has no {config.relative} positions any more")
+    theirs = _gpt2_of(config, special) if family == "gpt2" else _bert_of(config, family, is_decoder, special)
+    kind = {"gpt2": "GPT2LMHeadModel", "bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}[family]
+    if family != "gpt2" and not is_decoder:
+        kind = {"bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}[family]
+    theirs.architectures = [kind]
+    notes = io.save(model, Path(folder) / "model.safetensors", WITH_HEAD[family](config))
+    theirs.save_pretrained(folder)
+    return notes
+
+
+def _bert_of(config: TextConfig, family: str, is_decoder: bool, special: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import BertConfig, RobertaConfig
+
+    stack = config.stack
+    if stack.context_width not in (None, stack.width):
+        raise UserError(f"a {family} that looks at vectors of another width than its own has no place in transformers")
+    return (BertConfig if family == "bert" else RobertaConfig)(
+        vocab_size=config.vocab, hidden_size=stack.width, num_hidden_layers=stack.layers,
+        num_attention_heads=stack.heads, intermediate_size=stack.mlp, hidden_act=_named(stack.activation),
+        layer_norm_eps=stack.eps, max_position_embeddings=config.positions, type_vocab_size=config.types,
+        hidden_dropout_prob=stack.dropout, attention_probs_dropout_prob=stack.attention_dropout,
+        is_decoder=is_decoder, add_cross_attention=is_decoder and stack.cross_every == 1, **special,
+    )  # fmt: skip
+
+
+def _gpt2_of(config: TextConfig, special: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import GPT2Config
+
+    stack = config.stack
+    return GPT2Config(
+        vocab_size=config.vocab, n_positions=config.positions, n_embd=stack.width, n_layer=stack.layers,
+        n_head=stack.heads, n_inner=stack.mlp, activation_function=_named(stack.activation),
+        layer_norm_epsilon=stack.eps, resid_pdrop=stack.dropout, embd_pdrop=stack.dropout,
+        attn_pdrop=stack.attention_dropout, scale_attn_weights=stack.scaled,
+        scale_attn_by_inverse_layer_idx=stack.scaled_by_depth, reorder_and_upcast_attn=stack.upcast,
+        add_cross_attention=stack.cross_every == 1, **special,
+    )  # fmt: skip
+
+
+def _named(activation: str) -> str:
+    return next(theirs for theirs, ours in hf.ACTIVATIONS.items() if ours == activation)
 
 
 def longest(config: TextConfig) -> int:

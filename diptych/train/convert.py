@@ -1,4 +1,4 @@
-"""A run ↔ checkpoints of others: LAVIS's stage-1 files and Hugging Face's `Blip2ForImageTextRetrieval` folders.
+"""A run ↔ checkpoints of others: LAVIS's stage-1 files and Hugging Face's folders (of text models: convert_text.py).
 
 Every conversion goes through a run's settings and the program that they build. So what settings can't describe is
 refused, and what was opened from a file is what `diptych.load` will open from the run.
@@ -6,30 +6,30 @@ refused, and what was opened from a file is what `diptych.load` will open from t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych import config
 from diptych.checkpoints import hf, hf_blip2, io, lavis
-from diptych.config import Encoder, QFormer, Stage1Settings, TowerShape
+from diptych.checkpoints.texts import FAMILIES
+from diptych.config import Encoder, QFormer, Stage1Settings, TextSettings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.train import convert_text
 from diptych.train.build import Built, Say, build
-from diptych.train.checkpoint import Checkpoints
 from diptych.train.encoders import check_weights
 from diptych.train.run import reopen
 
+Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "diptych")
 TOWER_FILE = "image_encoder.safetensors"
 LAVIS_WORDS = 30523  # bert-base-uncased's and [DEC]
@@ -80,7 +80,8 @@ def convert(source: str | Path, out: str | Path, to: str, choices: Choices | Non
     for line in opened.notes:
         say(line)
     opened.settings.out = str(out)
-    write = {"lavis": write_lavis, "hf": write_hf, "diptych": write_run}[to]
+    writers: dict[str, Writer] = {"lavis": write_lavis, "hf": write_hf, "diptych": write_run}
+    write: Writer = convert_text.writer(to) if isinstance(opened, convert_text.OpenedText) else writers[to]
     with _aside(out) as aside:
         notes = write(opened, aside)
     for line in notes:
@@ -112,7 +113,7 @@ def _aside(out: Path) -> Iterator[Path]:
         raise
 
 
-def open_source(source: str | Path, to: str, choices: Choices) -> Opened:
+def open_source(source: str | Path, to: str, choices: Choices) -> Opened | convert_text.OpenedText:
     """Whatever `source` is, as a run has it."""
     path = Path(source)
     if (path / "settings.yaml").is_file():
@@ -121,10 +122,12 @@ def open_source(source: str | Path, to: str, choices: Choices) -> Opened:
         if choices != Choices():
             raise UserError(f"{path} is a diptych run, whose settings say all: leave out the options about the source")
         settings, built, _ = reopen(path)
-        return Opened(settings, built)
+        return (convert_text.OpenedText if isinstance(settings, TextSettings) else Opened)(settings, built)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if (path / "config.json").is_file():
+        if hf.config_of(path).model_type in FAMILIES:
+            return convert_text.from_hugging_face(path, choices.tokenizer)
         return from_hugging_face(path, choices)
     if path.is_dir():
         raise UserError(f"{path}: neither a run (settings.yaml) nor a Hugging Face folder (config.json)")
@@ -354,10 +357,5 @@ def write_run(opened: Opened, out: Path) -> list[str]:
         settings.image_encoder.weights = TOWER_FILE
     settings.qformer.tokenizer = None  # the run's own tokenizer.json is used
     opened.built.tokenizer.save(out)
-    with Checkpoints(out / "checkpoints") as kept:
-        kept.save(0, program, None, {"steps": 0})
-    (out / "log.jsonl").touch()
-    began = {"torch": torch.__version__, "began": time.time(), "converted": settings.about}
-    (out / "environment.json").write_text(json.dumps(began))
-    (out / "settings.yaml").write_text(config.dump(settings), encoding="utf-8")
+    convert_text.write_rest(out, program, settings)
     return []

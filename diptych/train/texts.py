@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych.checkpoints import hf, io, starter
-from diptych.checkpoints.rules import Table
-from diptych.checkpoints.texts import FAMILIES, longest, open_tokenizer
+from diptych.checkpoints import starter
+from diptych.checkpoints.texts import HEADS, fill, longest, open_tokenizer, shape
 from diptych.config import TextModelChoice, TextSettings
 from diptych.core.config import StackConfig
 from diptych.core.memory import Past
@@ -35,15 +35,23 @@ from diptych.train.loop import device
 from diptych.train.measured import TextValidation, rows_of
 from diptych.train.watch import Watch
 
-HEADS = {"bert": "bert", "roberta": "roberta", "gpt2": "tied"}
-WITH_HEAD = {"bert": hf.bert_with_head, "roberta": hf.roberta_with_head, "gpt2": hf.gpt2_with_head}
-HEAD_WEIGHTS = ("cls.predictions.transform.dense.weight", "lm_head.dense.weight")  # of files that have a head
+Say = Callable[[str], object]
+SHAPE = "model.json"  # of a run: its family and config
 
 
 @dataclass
 class BuiltText:
+    """family: of `checkpoints.texts`."""
+
     program: TextProgram
     words: Subwords
+    family: str
+
+    def save(self, folder: Path) -> None:
+        """What a run keeps beside its weights: the tokenizer, and the figures of the model."""
+        self.words.save(folder)
+        held = {"family": self.family, "config": asdict(self.program.model.text.config)}
+        (folder / SHAPE).write_text(json.dumps(held, indent=1), encoding="utf-8")
 
 
 def check(settings: TextSettings) -> None:
@@ -69,13 +77,12 @@ def made(settings: TextSettings, watch: Watch, faults: list[Fault]) -> Made:
     digest = hashlib.blake2b(corpus.ids.tobytes(), digest_size=16).hexdigest()
     data = {"documents": len(corpus), "tokens": len(corpus.ids), "digest": digest}
     usual = chosen.max_tokens if chosen.pack else max(2, round(len(corpus.ids) / batches.rows))
-    return Made(program, words, batches, data, partial(work, program, usual), chosen.workers, validation)
+    return Made(program, built, batches, data, partial(work, program, usual), chosen.workers, validation)
 
 
 def rebuilt(folder: Path, settings: TextSettings) -> tuple[TextSettings, BuiltText]:
-    settings = settings.model_copy(deep=True)
-    settings.model.tokenizer = str(folder)
-    return settings, build(settings, initialised=False)
+    config, family = _kept(folder)
+    return settings, _assembled(settings, config, family, Subwords(open_tokenizer(folder)))
 
 
 def opened(folder: Path, settings: TextSettings, built: BuiltText, state: dict[str, Any]) -> TextRun:
@@ -97,41 +104,44 @@ def splits(settings: TextSettings) -> dict[str, list[str]]:
     return found
 
 
-def build(
-    settings: TextSettings, texts: Sequence[str] = (), initialised: bool = True, say=lambda line: None
-) -> BuiltText:
+def build(settings: TextSettings, texts: Sequence[str] = (), initialised: bool = True, say: Say = str) -> BuiltText:
     """The program, from random numbers keyed by the seed or, with `initialised`, from the start that settings name.
     texts: the documents to be learned, which the vocabulary is trimmed to where settings say so."""
     torch.manual_seed(settings.train.seed)
-    chosen, on = settings.model, settings.objectives
+    chosen = settings.model
     start = str(starter.text_folder()) if chosen.start == "starter" else chosen.start
     words = Subwords(open_tokenizer(chosen.tokenizer or (starter.text_folder() if start == "random" else start)))
-    if texts and chosen.vocabulary == "data":
-        words, _ = words.trimmed(texts)
     if start == "random":
-        config, family = _fresh(chosen, words), chosen.kind
-    else:
-        config, family = _theirs(start, chosen.dropout)
-    model = LanguageModel(config, HEADS[family])
-    model.apply(initialise)
-    if start != "random" and initialised:
-        for line in fill(model, start, family):
-            say(line)
-    if settings.data.max_tokens > longest(config):
-        raise UserError(f"data.max_tokens={settings.data.max_tokens}, and the model knows {longest(config)} positions")
+        if texts and chosen.vocabulary == "data":
+            words, _ = words.trimmed(texts)
+        return _assembled(settings, _fresh(chosen, words), chosen.kind, words)
+    config, family = shape(start)
+    stack = replace(config.stack, dropout=chosen.dropout, attention_dropout=chosen.dropout)
+    built = _assembled(settings, replace(config, stack=stack), family, words)
+    for line in fill(built.program.model, start, family) if initialised else ():
+        say(line)
+    built.program.started = _started(built.program)
+    return built
+
+
+def _assembled(settings: TextSettings, config: TextConfig, family: str, words: Subwords) -> BuiltText:
+    """The program of a model of these figures, random; UserError where they don't fit the rest."""
+    on, most = settings.objectives, settings.data.max_tokens
+    if most > longest(config):
+        raise UserError(f"data.max_tokens={most}, and the model knows {longest(config)} positions")
     if words.size > config.vocab:
         raise UserError(f"the tokenizer has {words.size} tokens, and the model knows {config.vocab}; give its own")
-    common = (model, settings.train.seed, settings.data.max_tokens)
-    if settings.program == "masked_lm":
-        if words.mask is None or family == "gpt2":
-            raise UserError(f"masked_lm hides words from a model that sees all others, and {start} is a GPT-2: "
-                            "give a BERT or RoBERTa, or program=causal_lm")  # fmt: skip
-        program = MaskedLM(*common, words.mask, on.smoothing, on.share, on.whole_words)
-    else:
-        program = (PrefixLM if settings.program == "prefix_lm" else CausalLM)(*common, on.smoothing)
-    if start != "random":
-        program.started = _started(program)
-    return BuiltText(program, words)
+    hides, mask = settings.program == "masked_lm", words.mask
+    if hides and (mask is None or family == "gpt2"):
+        raise UserError("masked_lm hides words from a model that sees all others, and this is a GPT-2: "
+                        "give a BERT or RoBERTa, or program=causal_lm")  # fmt: skip
+    model = LanguageModel(config, HEADS[family])
+    model.apply(initialise)
+    common = (model, settings.train.seed, most)
+    if hides and mask is not None:
+        return BuiltText(MaskedLM(*common, mask, on.smoothing, on.share, on.whole_words), words, family)
+    kind = PrefixLM if settings.program == "prefix_lm" else CausalLM
+    return BuiltText(kind(*common, on.smoothing), words, family)
 
 
 def _fresh(chosen: TextModelChoice, words: Subwords) -> TextConfig:
@@ -143,33 +153,20 @@ def _fresh(chosen: TextModelChoice, words: Subwords) -> TextConfig:
         dropout=chosen.dropout, attention_dropout=chosen.dropout,
     )  # fmt: skip
     if is_bert:
-        return TextConfig(stack, words.size, chosen.positions, pad_id=words.pad)
+        return TextConfig(stack, words.size, chosen.positions, types=1, pad_id=words.pad)  # as transformers wants it
     return TextConfig(
         stack, words.size, chosen.positions, norm_embeddings=False, causal=True, pad_id=None, count_from=0
     )
 
 
-def _theirs(start: str, dropout: float) -> tuple[TextConfig, str]:
-    """The config of a folder or hub id, with our dropout, and its family."""
-    theirs = hf.config_of(io.find(start))
-    if theirs.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{start}: a model of type '{theirs.model_type}'; {known} are known")
-    config = FAMILIES[theirs.model_type][0](theirs)
-    stack = replace(config.stack, dropout=dropout, attention_dropout=dropout)
-    return replace(config, stack=stack), theirs.model_type
-
-
-def fill(model: LanguageModel, start: str, family: str) -> list[str]:
-    """Fills a model from its start, the head too where the file has one; says what was taken."""
-    held = io.read(start)
-    if family == "gpt2" or any(name.endswith(HEAD_WEIGHTS) for name in held):
-        table: Table = WITH_HEAD[family](model.text.config)
-        if family == "gpt2" and not any(name.startswith("transformer.") for name in held):
-            return [*io.load(model.text, start, hf.gpt2(model.text.config)), f"started from {start}"]
-        return [*io.load(model, start, table), f"started from {start}, with its head"]
-    notes = io.load(model.text, start, FAMILIES[family][1](model.text.config))
-    return [*notes, f"started from {start}; its file has no LM head: that begins at random"]
+def _kept(folder: Path) -> tuple[TextConfig, str]:
+    """The figures of a run's model, and its family."""
+    try:
+        held = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
+        stack = StackConfig(**held["config"].pop("stack"))
+        return TextConfig(stack, **held["config"]), held["family"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SHAPE}: can't be read as a model's figures ({type(error).__name__})") from None
 
 
 def _started(program: TextProgram) -> dict[str, int]:

@@ -208,9 +208,9 @@ def test_mistakes_are_one_line_and_leave_nothing(run, theirs, tmp_path):
 
 
 def test_another_hugging_face_model_is_named(tmp_path):
-    from transformers import BertConfig, BertModel
+    from transformers import ViTConfig, ViTModel
 
-    BertModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    ).save_pretrained(tmp_path / "bert")
-    assert "BertModel" in refused(tmp_path / "bert", tmp_path / "b", "diptych")
+    ViTModel(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(tmp_path / "vit")
+    assert "ViTModel" in refused(tmp_path / "vit", tmp_path / "b", "diptych")
