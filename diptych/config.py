@@ -269,11 +269,13 @@ class TextModelChoice(Section):
 
 class TextObjective(Section):
     """smoothing: of labels. share: of words that are hidden (masked_lm); whole_words: with all their pieces, else each
-    piece by itself."""
+    piece by itself; words: what parts them, "spaces" (and every Chinese letter is one), or "jieba" for Chinese (extra
+    `chinese`)."""
 
     smoothing: float = Field(0.0, ge=0, lt=1)
     share: float = Field(0.15, gt=0, lt=1)
     whole_words: bool = False
+    words: Literal["spaces", "jieba"] = "spaces"
 
 
 class TextEvaluation(Section):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diptych.data.steps import Batch, Steps
 from diptych.errors import UserError
-from diptych.text.subwords import Subwords
+from diptych.text.subwords import Segment, Subwords
 
 TOKENIZED = 10_000  # texts at a time
 
@@ -34,10 +34,11 @@ class Corpus:
     """Texts as tokens, in three arrays. ids, words (n,): of all texts, one after another, `begin` and `end` around
     each; ends (texts + 1,): where each begins, and the last ends."""
 
-    def __init__(self, texts: Sequence[str], subwords: Subwords):
+    def __init__(self, texts: Sequence[str], subwords: Subwords, segment: Segment | None = None):
+        """segment: see `Subwords.pieces`."""
         ids, words, counts = [], [], [0]
         for first in range(0, len(texts), TOKENIZED):
-            for piece in subwords.pieces(texts[first : first + TOKENIZED]):
+            for piece in subwords.pieces(texts[first : first + TOKENIZED], segment):
                 ids += [[subwords.begin], piece.ids, [subwords.end]]
                 words += [[-1], piece.words, [-1]]
                 counts.append(len(piece.ids) + 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,8 @@ from tokenizers import Tokenizer as Rust
 
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
+
+Segment = Callable[[str], Sequence[str]]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,12 +64,18 @@ class Subwords:
         """Writes the files that `checkpoints.texts.open_tokenizer` reads."""
         self.fast.save_pretrained(folder)
 
-    def pieces(self, texts: Sequence[str]) -> list[Pieces]:
-        """Of each text, whole."""
+    def pieces(self, texts: Sequence[str], segment: Segment | None = None) -> list[Pieces]:
+        """Of each text, whole. segment: parts a text into its words, where the tokenizer's own are single letters
+        (Chinese); a token belongs to the word that its first letter is of."""
         found = self.rust.encode_batch(list(texts), add_special_tokens=False)
         return [
-            Pieces(np.array(one.ids, np.int32), np.array([-1 if w is None else w for w in one.word_ids], np.int32))
-            for one in found
+            Pieces(
+                np.array(one.ids, np.int32),
+                np.array([-1 if w is None else w for w in one.word_ids], np.int32)
+                if segment is None
+                else _of_words(text, segment(text), [start for start, _ in one.offsets]),
+            )
+            for text, one in zip(texts, found, strict=True)
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -77,6 +85,27 @@ class Subwords:
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """What each id is called."""
         return [str(token) for token in self.fast.convert_ids_to_tokens([int(i) for i in ids])]
+
+
+def _of_words(text: str, words: Iterable[str], starts: Sequence[int]) -> np.ndarray:
+    """Which word each token is of, by where it starts in the text."""
+    ends = np.cumsum([len(word) for word in words])
+    if not len(ends) or ends[-1] != len(text):
+        raise ValueError("a segmenter gives a text's words, white space too, that together are the text")
+    return np.searchsorted(ends, starts, side="right").astype(np.int32)
+
+
+def segmenter(name: str) -> Segment | None:
+    """What parts texts into words: "spaces", as the tokenizer itself does, or "jieba", for Chinese."""
+    if name == "spaces":
+        return None
+    try:
+        import jieba  # ty: ignore[import-not-found]
+    except ModuleNotFoundError:
+        told = "Chinese words are told apart by jieba, which is not installed"
+        raise UserError(f"{told}: pip install 'diptych[chinese]'") from None
+    jieba.setLogLevel(logging.ERROR)
+    return jieba.lcut
 
 
 def _wrapped(rust: Rust) -> PreTrainedTokenizerFast:

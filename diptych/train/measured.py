@@ -17,7 +17,7 @@ from diptych.config import TextEvaluation
 from diptych.data.texts import Corpus, Row, batch_of, parts
 from diptych.errors import UserError
 from diptych.objectives import gather, language
-from diptych.text.subwords import Subwords
+from diptych.text.subwords import Segment, Subwords
 from diptych.train.language import MaskedLM, TextProgram
 from diptych.train.moves import Moves
 
@@ -59,9 +59,12 @@ class Figures:
         return float(low), float(high)
 
 
-def rows_of(texts: Sequence[str], words: Subwords, longest: int) -> list[tuple[int, Row]]:
-    """(document, row), a document in as many rows as `longest` asks for, the shortest rows first."""
-    corpus = Corpus(texts, words)
+def rows_of(
+    texts: Sequence[str], words: Subwords, longest: int, segment: Segment | None = None
+) -> list[tuple[int, Row]]:
+    """(document, row), a document in as many rows as `longest` asks for, the shortest rows first. segment: see
+    `Subwords.pieces`."""
+    corpus = Corpus(texts, words, segment)
     found = []
     for start, stop in parts(corpus.ends, longest).tolist():
         number = int(np.searchsorted(corpus.ends, start, side="right")) - 1

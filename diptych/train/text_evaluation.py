@@ -11,6 +11,7 @@ import torch
 
 from diptych.aside import aside
 from diptych.errors import UserError
+from diptych.text.subwords import segmenter
 from diptych.train.language import MaskedLM
 from diptych.train.measured import measured, rows_of
 from diptych.train.run import load
@@ -25,7 +26,8 @@ def evaluate(folder: str | Path, split: str | None = None, say: Callable[[str], 
     if split not in parts:
         raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
     texts = parts[split][: chosen.limit]
-    rows = rows_of(texts, run.words, run.settings.data.max_tokens)
+    segment = segmenter(run.settings.objectives.words)
+    rows = rows_of(texts, run.words, run.settings.data.max_tokens, segment)
     run.program.eval()
     found = measured(run.program, rows, run.words.pad, chosen).told()
     protocol = _protocol(run.program, chosen.one_word)

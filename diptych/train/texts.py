@@ -27,7 +27,7 @@ from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig, initialise
-from diptych.text.subwords import Subwords
+from diptych.text.subwords import Subwords, segmenter
 from diptych.train import processes
 from diptych.train.family import Made
 from diptych.train.language import CausalLM, MaskedLM, PrefixLM, TextProgram
@@ -57,6 +57,7 @@ class BuiltText:
 def check(settings: TextSettings) -> None:
     if settings.data.path is None:
         raise UserError("data.path is not set: give your text file or folder, as data.path=PATH")
+    segmenter(settings.objectives.words)
 
 
 def made(settings: TextSettings, watch: Watch, faults: list[Fault]) -> Made:
@@ -65,14 +66,15 @@ def made(settings: TextSettings, watch: Watch, faults: list[Fault]) -> Made:
         raise UserError("train.keep_best: no documents are held out: give data.hold_out=NUMBER, or data.val=PATH")
     built = build(settings, parts["train"], say=watch.say)
     program, words, chosen = built.program.to(device()), built.words, settings.data
-    corpus = Corpus(parts["train"], words)
+    segment = segmenter(settings.objectives.words)
+    corpus = Corpus(parts["train"], words, segment)
     watch.say(f"{len(corpus):,} documents, {len(corpus.ids):,} tokens; a vocabulary of {words.size:,}")
     batches = TextSteps(
         corpus, words, settings.train.batch, chosen.max_tokens, chosen.pack, settings.train.seed, processes.part
     )
     validation = None
     if settings.train.keep_best:
-        rows = rows_of(parts["val"], words, chosen.max_tokens)
+        rows = rows_of(parts["val"], words, chosen.max_tokens, segment)
         validation = TextValidation(program, rows, words.pad, settings.evaluation)
     digest = hashlib.blake2b(corpus.ids.tobytes(), digest_size=16).hexdigest()
     data = {"documents": len(corpus), "tokens": len(corpus.ids), "digest": digest}

@@ -33,7 +33,7 @@ class Letters:
 
     begin, end, pad, size = BEGIN, END, PAD, V
 
-    def pieces(self, texts) -> list[Pieces]:
+    def pieces(self, texts, segment=None) -> list[Pieces]:
         found = []
         for text in texts:
             words = [(ord(letter) - 97 + 4, w) for w, word in enumerate(text.split()) for letter in word]
