@@ -19,7 +19,10 @@ from diptych.cli import cli, cost_lines
 from diptych.errors import UserError
 
 HEAVY = ("torch", "transformers", "timm", "torchvision", "pydantic", "rich", "numpy", "PIL", "yaml")
-COMMANDS = ("train", "show", "eval", "caption", "match", "data", "convert", "replay", "demo", "recipes")
+COMMANDS = (
+    "train", "show", "eval", "caption", "match", "complete", "explain", "compare", "data", "convert", "replay", "demo",
+    "recipes",
+)  # fmt: skip
 
 
 def run(*args: object) -> Result:
