@@ -64,9 +64,11 @@ def best_guesses(texts: list[str], scenes: list) -> float:
 def learned(program: str, folder: Path, evaluation: list[str]) -> dict:
     out = folder / program
     recipe = "causal" if program == "causal_lm" else "masked"
-    settings = [f"data.path={folder / 'train.txt'}", f"data.test={folder / 'test.txt'}", "data.hold_out=0", f"out={out}",
-                f"train.steps={STEPS[program]}", "train.lr=1e-3", "train.batch=64", "train.save_every=0", *SMALL,
-                "data.max_tokens=64", "data.pack=true", *evaluation]  # fmt: skip
+    settings = [
+        f"data.path={folder / 'train.txt'}", f"data.test={folder / 'test.txt'}", "data.hold_out=0", f"out={out}",
+        f"train.steps={STEPS[program]}", "train.lr=1e-3", "train.batch=64", "train.save_every=0", *SMALL,
+        "data.max_tokens=64", "data.pack=true", *evaluation,
+    ]  # fmt: skip
     if not (out / "results.json").exists():
         subprocess.run([sys.executable, "-m", "diptych", "train", recipe, *settings], check=True)
         subprocess.run([sys.executable, "-m", "diptych", "eval", str(out)], check=True)

@@ -59,9 +59,13 @@ class QFormer(nn.Module):
         """Image tokens (P, N, image width) → the memory that every pass over these pictures shares."""
         return self.stack.project(tokens, mask, lookers=self.config.queries)
 
+    def before(self, rows: int) -> Past | None:
+        """What `rows` rows of queries or text go on from: nothing; a prefix in `PrefixedQFormer`."""
+        return None
+
     def queries(self, memory: Memory) -> tuple[Tensor, Past]:
         """(P, Q, D) of the queries alone, and the past that captions of these pictures go on from."""
-        past = Past.empty(len(self.stack.blocks))
+        past = self.before(memory.pictures) or Past.empty(len(self.stack.blocks))
         x = self.drop(self.norm(self.query_tokens.expand(memory.pictures, -1, -1)))
         hidden = self.stack(x, memory=memory, past=past)
         past.next_position = 0
@@ -69,13 +73,17 @@ class QFormer(nn.Module):
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(R, T) → (R, T, D) of the text alone."""
-        return self.stack(self.drop(self.norm(self.words(ids))), padding(mask), tokens=mask)
+        past = self.before(ids.shape[0])
+        seen = mask if past is None else past.joined(mask)
+        return self.stack(self.drop(self.norm(self.words(ids))), padding(seen), past=past, tokens=mask)
 
     def joint(self, memory: Memory, ids: Tensor, mask: Tensor) -> Tensor:
         """Queries and text of row r, which see one another, looking at what `memory` says row r does: (R, Q + T, D)."""
         x = torch.cat([self.query_tokens.expand(ids.shape[0], -1, -1), self.words(ids)], 1)
-        seen = torch.cat([mask.new_ones((ids.shape[0], self.config.queries)), mask], 1)
-        return self.stack(self.drop(self.norm(x)), padding(seen), memory, tokens=seen)
+        real = torch.cat([mask.new_ones((ids.shape[0], self.config.queries)), mask], 1)
+        past = self.before(ids.shape[0])
+        seen = real if past is None else past.joined(real)
+        return self.stack(self.drop(self.norm(x)), padding(seen), memory, past, tokens=real)
 
     def caption(self, past: Past, ids: Tensor, mask: Tensor) -> Tensor:
         """(R, T, D) of captions that see their queries (`past`, which they extend) and their own words so far."""

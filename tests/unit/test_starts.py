@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diptych.checkpoints import io, lavis, starter
-from diptych.checkpoints.starts import bert_shape, spread, start_from_bert, started
+from diptych.checkpoints.starts import bert_shape, start_from_bert, started
+from diptych.core.surgery import spread
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 
@@ -106,7 +107,7 @@ def test_a_deeper_bert_gives_layers_spread_over_it_and_its_last(bert):
     theirs = io.read(folder)
     for block, number in zip(model.qformer.stack.blocks, (1, 3), strict=True):
         assert torch.equal(block.attn.q.weight, theirs[f"bert.encoder.layer.{number}.attention.self.query.weight"])
-    assert [spread(n, 6) for n in (1, 3, 4, 6)] == [[5], [1, 3, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+    assert [spread(6, n) for n in (1, 3, 4, 6)] == [[5], [1, 3, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
 
 
 def test_a_bare_bert_of_older_names(bert, tmp_path):
