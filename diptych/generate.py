@@ -310,14 +310,15 @@ class _Run:
         if unknown := [i for i in search.forced_first if not 0 <= i < logits.shape[1]]:
             raise UserError(f"generation: forced_first has id {unknown[0]}; the model knows {logits.shape[1]} tokens")
         width = search.captions if search.sample else search.beams
-        rows = torch.arange(len(start), device=start.device).repeat_interleave(width)
-        self.cache = Cache.after(past, self.longest - given - 1, rows)
-        self.padded, self.limit, self.least = padded[rows], limit[rows], least[rows]
-        self.ids, self.logits = start[rows], logits[rows]
+        rows = None if width == 1 else torch.arange(len(start), device=start.device).repeat_interleave(width)
+        self.cache = Cache.after(past, self.longest - given - 1, rows, taking=True)
+        each = (padded, limit, least, start, logits)
+        self.padded, self.limit, self.least, self.ids, self.logits = (t if rows is None else t[rows] for t in each)
 
-    def next(self, ids: Tensor) -> Tensor:
-        """Logits (rows, V) after `ids` (rows,), which are fed."""
-        return _log_odds(self.step(self.cache, ids[:, None]))
+    def feed(self, ids: Tensor) -> None:
+        """`logits` are now those after `ids` (rows,); the others go before these come, for they are large."""
+        del self.logits
+        self.logits = _log_odds(self.step(self.cache, ids[:, None]))
 
     def ruled(self, scores: Tensor, ids: Tensor) -> Tensor:
         """Scores (rows, V) of the token after `ids` (rows, n): repetition made to pay, an n-gram's second time and a
@@ -362,7 +363,7 @@ def _repeating(ids: Tensor, n: int, vocab: int) -> Tensor:
 
 def _log_odds(logits: Tensor) -> Tensor:
     """Logits (rows, V), at least in float32; `UserError` for NaN."""
-    if logits.isnan().any():
+    if logits.amax(1).isnan().any():  # the greatest of a row with a NaN is NaN
         raise UserError("generation: the model gives NaN; its weights are broken (did its training diverge?)")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -370,10 +371,13 @@ def _log_odds(logits: Tensor) -> Tensor:
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` greatest of each row of (R, M) and where they stand, best first; of equal ones those that stand
     first, which `torch.topk` leaves open."""
-    least = scores.topk(count).values[:, -1:]
-    above, equal = scores > least, scores == least
-    room = count - above.sum(1, keepdim=True)
-    places = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
+    values, places = scores.topk(min(count + 1, scores.shape[1]))
+    least, next_best = values[:, count - 1 : count], values[:, count:]
+    if (least == next_best).any():  # which of those that are equal, must be counted
+        above, equal = scores > least, scores == least
+        room = count - above.sum(1, keepdim=True)
+        places = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, count)
+    places = places[:, :count].sort(1).values
     values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
     return values, places.gather(1, order)
 
@@ -399,23 +403,23 @@ def shaped(logits: Tensor, search: Search) -> Tensor:
 @torch.no_grad()
 def _one_by_one(run: _Run) -> Iterator[Next]:
     """Greedy search and sampling: each row goes its own way."""
-    logits = run.logits
     ids = F.pad(run.ids, (0, run.longest - run.given), value=run.pad)
     goes_on = torch.ones_like(run.limit, dtype=torch.bool)
     for count in range(run.given + 1, run.longest + 1):
-        ruled = run.ruled(logits, ids[:, : count - 1])
-        token = (_drawn(ruled, run) if run.search.sample else ruled.argmax(1)).where(goes_on, run.pad)
+        token = _chosen(run.ruled(run.logits, ids[:, : count - 1]), run).where(goes_on, run.pad)
         ids[:, count - 1] = token
-        log_probs = logits.log_softmax(1).gather(1, token[:, None])[:, 0]
+        log_probs = run.logits.log_softmax(1).gather(1, token[:, None])[:, 0]
         yield Next(token, goes_on, log_probs.where(goes_on, 0.0))
         goes_on = goes_on & (token != run.end) & (count < run.limit)
         goes_on &= ~run.stopped(ids[:, :count], goes_on)
         if not goes_on.any():
             return
-        logits = run.next(token)
+        run.feed(token)
 
 
-def _drawn(ruled: Tensor, run: _Run) -> Tensor:
+def _chosen(ruled: Tensor, run: _Run) -> Tensor:
+    if not run.search.sample:
+        return ruled.argmax(1)
     chances = shaped(ruled, run.search).softmax(1)
     if chances.isnan().any():
         raise UserError("generation: no_repeat_ngram and min_length leave no token to draw; lower one of them")
@@ -451,20 +455,20 @@ def _picked(ids: Tensor, places: Tensor) -> Tensor:
 def _beams(run: _Run) -> Generated:
     """Beam search: of 2k candidates a step, those that end among the first k are kept, and k others go on."""
     search, k, rules = run.search, run.search.beams, run.search.rules
-    logits, rows = run.logits, len(run.ids) // k
+    vocab, rows = run.logits.shape[1], len(run.ids) // k
     padded, limit = run.padded.view(rows, k)[:, :1], run.limit.view(rows, k)[:, :1]
     start = run.given - padded
     running = F.pad(run.ids, (0, run.longest - run.given), value=run.pad).view(rows, k, run.longest)
-    sums = logits.new_full((rows, k), UNSEEN)
+    sums = run.logits.new_full((rows, k), UNSEEN)
     sums[:, 0] = 0.0  # the k beams are alike at first: only one may branch
-    kept = _Kept(rows, run, logits)
+    kept = _Kept(rows, run, sums)
     done = torch.zeros_like(limit, dtype=torch.bool)  # (R, 1)
     first, prompt = torch.arange(rows, device=running.device)[:, None] * k, run.cache.length
     for count in range(run.given + 1, run.longest + 1):
         length, is_last = count - padded, limit == count
-        ruled = run.ruled(logits.log_softmax(1), running[:, :, : count - 1].flatten(0, 1))
+        ruled = run.ruled(run.logits.log_softmax(1), running[:, :, : count - 1].flatten(0, 1))
         candidates, places = best((ruled.view(rows, k, -1) + sums[:, :, None]).flatten(1), 2 * k)
-        beam, token = places // logits.shape[1], places % logits.shape[1]
+        beam, token = places // vocab, places % vocab
         written = _picked(running, beam)
         written[:, :, count - 1] = token
         has_end = token == run.end
@@ -485,5 +489,5 @@ def _beams(run: _Run) -> Generated:
             break
         rows_from = (first + beam.gather(1, onward)).flatten()
         run.cache.reorder(rows_from, since=prompt)
-        logits = run.next(running[:, :, count - 1].flatten())
+        run.feed(running[:, :, count - 1].flatten())
     return kept.first(search.captions)

@@ -24,7 +24,8 @@ Edit = Callable[[Tensor], Tensor]
 
 # Of these torch's fused kernel for CPUs takes 2 to 5 times the written-out form's time, backwards (torch 2.15, AMX).
 # The written-out form rounds scores to their 8 bits, as every product under autocast is; the fused one does not.
-# With dropout it is taken without gradients too: `train/accumulate.py` encodes twice, and dropout must fall alike.
+# With dropout there is no fused kernel for CPUs: torch writes it out itself, with draws that take longer than ours. So
+# it is written out without gradients too: `train/accumulate.py` encodes twice, and dropout must fall alike.
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -42,8 +43,8 @@ def attend(
     `mask` is True where a query may look; a query that may look at nothing gets zeros and finite gradients.
     scale: 1 / √d when None.
     """
-    if (q.requires_grad or dropout) and q.device.type == "cpu" and q.dtype in HALVES:
-        return drop(looks(scores(q, k, bias, scale), mask), dropout) @ v
+    if q.device.type == "cpu" and (dropout or (q.requires_grad and q.dtype in HALVES)):
+        return _written_out(scores(q, k, bias, scale), v, mask, dropout)
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -61,6 +62,14 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None
     """scale · q kᵀ + bias: (B, H, T, N)."""
     found = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     return found if bias is None else found + bias.to(found.dtype)
+
+
+def _written_out(scores: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """As `drop(looks(scores, mask)) @ v`; rows that see nothing are cleared last, when a row is d wide and not N."""
+    if mask is None:
+        return drop(scores.softmax(-1), dropout) @ v
+    shown = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (drop(shown.softmax(-1), dropout) @ v).masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 def looks(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -117,17 +117,18 @@ class Past:
     The decoding cache, the Q-Former's query → caption hand-off and prefix tuning are all this. `mask` (B, n) says
     which of the n keys are real; `positions` (1 or B, n) where they stand; `next_position` where the next token does,
     which is another matter than n: a caption that follows query tokens starts at 0, one that follows left padding
-    starts at a position a row (B, 1).
+    starts at a position a row (B, 1). `whole`: known, without a look at the mask, to hold no padding.
     """
 
     kv: list[tuple[Tensor, Tensor] | None]
     mask: Tensor | None = None
     positions: Tensor | None = None
     next_position: int | Tensor = 0
+    whole: bool = False
 
     @classmethod
     def empty(cls, layers: int) -> Past:
-        return cls([None] * layers)
+        return cls([None] * layers, whole=True)
 
     @property
     def length(self) -> int:
@@ -163,13 +164,14 @@ class Past:
         mask = mask.bool()
         return mask if self.mask is None else torch.cat([self.mask.expand(mask.shape[0], -1), mask], 1)
 
-    def advance(self, mask: Tensor, positions: Tensor) -> None:
-        """Note that every block has taken in the tokens of `mask` (B, T), which stood at `positions` (1 or B, T)."""
+    def advance(self, mask: Tensor, positions: Tensor, whole: bool = False) -> None:
+        """Note that every block has taken in the tokens of `mask` (B, T), which stood at `positions` (1 or B, T);
+        whole: none of them is padding."""
         before = self.positions
         if before is not None:
             batch = max(before.shape[0], positions.shape[0])
             positions = torch.cat([before.expand(batch, -1), positions.expand(batch, -1)], 1)
-        self.mask, self.positions = self.joined(mask), positions
+        self.mask, self.positions, self.whole = self.joined(mask), positions, self.whole and whole
         self.next_position = self.next_position + mask.shape[1]
 
     def at(self, rows: Tensor | slice) -> Past:
@@ -200,17 +202,20 @@ class Cache(Past):
     store: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
-    def after(cls, past: Past, room: int, rows: Tensor | None = None) -> Cache:
-        """Goes on from `past` with place for `room` further tokens; `rows` picks (repeats) rows, as for beams."""
-        past = past.fork()
-        if rows is not None:
-            past.reorder(rows)
-        cache = cls(list(past.kv), past.mask, past.positions, past.next_position, room=past.length + room)
-        for pair in past.kv:
+    def after(cls, past: Past, room: int, rows: Tensor | None = None, taking: bool = False) -> Cache:
+        """Goes on from `past` with place for `room` further tokens; `rows` picks (repeats) rows, as for beams. taking:
+        `past` goes on nowhere else, and gives its keys and values up block by block."""
+        past = past if taking else past.fork()
+        cache = cls([], past.mask, past.positions, past.next_position, past.whole, room=past.length + room)
+        for number, pair in enumerate(past.kv):
             if pair is None:
                 raise ValueError("a Cache goes on from a Past that every block has filled")
-            k, v = (_with_room(kept.detach(), cache.room) for kept in pair)
+            k, v = (_with_room(kept.detach() if rows is None else kept.detach()[rows], cache.room) for kept in pair)
             cache.store.append((k, v))
+            cache.kv.append((k[:, :, : past.length], v[:, :, : past.length]))
+            past.kv[number] = pair = None
+        if rows is not None:
+            cache._reorder_tokens(rows)
         return cache
 
     def grown(self, number: int, before: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +247,8 @@ class Cache(Past):
 
 
 def _with_room(kept: Tensor, room: int) -> Tensor:
-    """(B, H, n, d) → (B, H, room, d), the first n as they were."""
-    roomy = kept.new_zeros((*kept.shape[:2], room, kept.shape[3]))
+    """(B, H, n, d) → (B, H, room, d), the first n as they were and the others anything."""
+    roomy = kept.new_empty((*kept.shape[:2], room, kept.shape[3]))
     roomy[:, :, : kept.shape[2]] = kept
     return roomy
 

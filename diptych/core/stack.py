@@ -72,5 +72,5 @@ class Stack(nn.Module):
             context = (mask, memory and memory.block(i), past and past.block(i), (positions, keys), layout)
             x = checkpoint(block, x, *context, use_reentrant=False) if i >= first else block(x, *context)
         if past is not None:
-            past.advance(x.new_ones((x.shape[0], length)) if tokens is None else tokens, positions)
+            past.advance(x.new_ones((x.shape[0], length)) if tokens is None else tokens, positions, tokens is None)
         return layout.pad(self.norm(x))

@@ -85,25 +85,27 @@ class TextModel(nn.Module):
         without it, it is skipped. past: what came before, extended by this call. is_causal: overrides the config (BERT
         as a decoder). types: (B, T) token types. positions: (1 or B, T), where they are not to be counted."""
         real, looks = self._looks(ids, mask, past)
-        if self.causal if is_causal is None else is_causal:
-            looks = looks & causal(ids.shape[1], 0 if past is None else past.length, ids.device)
+        if (self.causal if is_causal is None else is_causal) and ids.shape[1] > 1:  # one token has none after it
+            order = causal(ids.shape[1], 0 if past is None else past.length, ids.device)
+            looks = order if looks is None else looks & order
         if positions is None:
-            positions = self.positions(real, past)
+            positions = self.positions(ids.new_ones(ids.shape[:2], dtype=torch.long) if real is None else real, past)
         return self.stack(self.embeddings(ids, positions, types), looks, memory, past, positions, real)
 
-    def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
+    def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens are real, (B, T), and which may look at which before causality, broadcastable to (B, 1, T, n +
-        T); UserError for a mask that fits neither."""
+        T); None for all, as a fused kernel is faster without a mask. UserError for a mask that fits neither."""
         batch, length = ids.shape[:2]
         if not batch or not length:
             raise UserError(f"ids of shape {tuple(ids.shape)}: there is nothing to read")
         before = 0 if past is None else past.length
         if mask is None:
-            mask = ids.new_ones((batch, length), dtype=torch.long)
+            is_whole = past is None or past.whole
+            return None, None if is_whole else padding(past.joined(ids.new_ones((batch, length), dtype=torch.long)))
         if mask.shape == (batch, length):
             return mask, padding(mask if past is None else past.joined(mask))
         if mask.shape == (batch, length, before + length):
-            return mask.new_ones((batch, length)), mask.bool()[:, None]
+            return None, mask.bool()[:, None]
         fits = f"({batch}, {length}) or ({batch}, {length}, {before + length})"
         raise UserError(f"a mask of shape {tuple(mask.shape)}; for these ids it must be {fits}")
 

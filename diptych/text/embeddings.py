@@ -38,8 +38,8 @@ class TextEmbeddings(nn.Module):
         x = ids if ids.is_floating_point() else rows(self.word, ids, "words")
         if self.position is not None:
             x = x + rows(self.position, positions, "positions")
-        if self.token_type is not None:
-            x = x + rows(self.token_type, positions.new_zeros(x.shape[:2]) if types is None else types, "token types")
+        if self.token_type is not None:  # one row for all by default, and so one row's gradient
+            x = x + rows(self.token_type, positions.new_zeros((1, 1)) if types is None else types, "token types")
         return self.drop(self.norm(x))
 
 

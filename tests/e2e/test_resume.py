@@ -74,7 +74,7 @@ def test_recall_measured_meanwhile_changes_no_bit_and_tells_the_best_checkpoint(
         assert ours.read_bytes() == plain.read_bytes(), name
     logged = [row["val_recall"] for row in rows(home / "measured")]
     kept = [json.loads(file.read_text()) for file in sorted((home / "measured/checkpoints").glob("*/state.json"))]
-    assert [state["recall"] for state in kept] == logged and all(0 <= recall <= 1 for recall in logged)
+    assert [state["score"] for state in kept] == logged and all(0 <= recall <= 1 for recall in logged)
     refused = process(home, "train", "demo", "data.path=pictures", "out=none", *SMALL, *more, "data.val=null")
     assert refused.returncode == 2 and "no pictures are held out: give data.hold_out" in refused.stderr
 
