@@ -84,6 +84,7 @@ class TextModel(nn.Module):
         (B, T, n + T), non-zero where a token may look, and then all are real. memory: what cross-attention looks at;
         without it, it is skipped. past: what came before, extended by this call. is_causal: overrides the config (BERT
         as a decoder). types: (B, T) token types. positions: (1 or B, T), where they are not to be counted."""
+        past = self.begun(past, ids.shape[0])
         real, looks = self._looks(ids, mask, past)
         if (self.causal if is_causal is None else is_causal) and ids.shape[1] > 1:  # one token has none after it
             order = causal(ids.shape[1], 0 if past is None else past.length, ids.device)
@@ -91,6 +92,10 @@ class TextModel(nn.Module):
         if positions is None:
             positions = self.positions(ids.new_ones(ids.shape[:2], dtype=torch.long) if real is None else real, past)
         return self.stack(self.embeddings(ids, positions, types), looks, memory, past, positions, real)
+
+    def begun(self, past: Past | None, rows: int) -> Past | None:
+        """What `rows` texts go on from, before they do: `past` as it is (`PrefixedText` fills an empty one)."""
+        return past
 
     def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens are real, (B, T), and which may look at which before causality, broadcastable to (B, 1, T, n +

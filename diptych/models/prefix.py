@@ -15,7 +15,6 @@ B batch, P length of the prefix, T text tokens, L layers, H heads of a layer, d 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 
 from diptych.aside import aside
 from diptych.core.dropout import Dropout
-from diptych.core.memory import Memory, Past
+from diptych.core.fingerprint import fingerprint
+from diptych.core.memory import Past
 from diptych.core.stack import Stack
 from diptych.core.surgery import freeze
 from diptych.errors import UserError
@@ -105,24 +105,19 @@ class PrefixedText(TextModel):
             return places
         return places - self.prefix.length * mask.long()  # real keys, but no tokens
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        memory: Memory | None = None,
-        past: Past | None = None,
-        is_causal: bool | None = None,
-        types: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """As `TextModel.forward`; a mask (B, T, n + T) may leave the prefix out, which every token then sees."""
-        past = Past.empty(0) if past is None else past
+    def begun(self, past: Past | None, rows: int) -> Past:
+        past = Past([]) if past is None else past
         if not past.length:
-            found = _begin(self.prefix, self.stack, ids.shape[0])
+            found = _begin(self.prefix, self.stack, rows)
             past.kv, past.mask, past.positions = found.kv, found.mask, found.positions
-        if mask is not None and mask.dim() == 3 and mask.shape[2] == past.length - self.prefix.length + ids.shape[1]:
-            mask = F.pad(mask, (self.prefix.length, 0), value=1)
-        return super().forward(ids, mask, memory, past, is_causal, types, positions)
+        return past
+
+    def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor | None, Tensor | None]:
+        """A mask (B, T, n + T) may leave the prefix out, which every token then sees."""
+        before = self.prefix.length
+        if mask is not None and past is not None and mask.dim() == 3:
+            mask = F.pad(mask, (before, 0), value=1) if mask.shape[2] == past.length - before + ids.shape[1] else mask
+        return super()._looks(ids, mask, past)
 
 
 class PrefixedQFormer(QFormer):
@@ -221,7 +216,7 @@ def save(model: nn.Module, path: str | Path, base: str = "") -> None:
     tensors |= {n: p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)}
     heads = ",".join(map(str, prefix.heads))
     shape = {"length": str(prefix.length), "heads": heads, "head_width": str(prefix.head_width)}
-    metadata = {"format": "pt", "kind": KIND, **shape, "base": base, "fingerprint": fingerprint(part)}
+    metadata = {"format": "pt", "kind": KIND, **shape, "base": base, "fingerprint": _base(part)}
     try:
         with aside(Path(path)) as file:
             save_file({n: tensor.detach().clone().contiguous() for n, tensor in tensors.items()}, file, metadata)
@@ -241,7 +236,7 @@ def load(model: nn.Module, path: str | Path, any_base: bool = False) -> nn.Modul
     _check_shape(part.stack, heads, int(said["head_width"]), str(path))
     others = {name: tensor for name, tensor in tensors.items() if name != "prefix"}
     _check_others(model, others, str(path))
-    own = fingerprint(part)
+    own = _base(part)
     if own != said["fingerprint"] and not any_base:
         before = f"other weights ({said['base'] or 'unnamed'}, {said['fingerprint']})"
         raise UserError(f"{path}: learned before {before}, and the model's are {own}; any_base=True takes it anyway")
@@ -277,11 +272,6 @@ def _check_others(model: nn.Module, others: Mapping[str, Tensor], source: str) -
             raise UserError(f"{source}: '{name}' is {list(tensor.shape)} in the file and {shapes[name]} in the model")
 
 
-def fingerprint(part: nn.Module) -> str:
-    """16 hexadecimal digits of the weights that a prefix stands before: names, shapes and bits, without its own."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(part.state_dict().items()):
-        if not name.startswith("prefix."):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _base(part: nn.Module) -> str:
+    """The fingerprint of what a prefix stands before, without its own weights."""
+    return fingerprint(part, ("prefix.",))

@@ -6,7 +6,6 @@ runs/NAME/checkpoints/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.aside import SUFFIX, aside
+from diptych.core.fingerprint import fingerprint
 from diptych.core.surgery import is_frozen, tied
 from diptych.errors import UserError
 from diptych.objectives import gather
@@ -33,15 +33,6 @@ from diptych.train.parallel import shared_like, whole
 VERSION = 2
 SCALE = "scale"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
-
-
-def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits of a module's weights: names, shapes and bits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def frozen_fingerprints(program: nn.Module) -> dict[str, str]:

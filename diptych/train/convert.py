@@ -27,7 +27,7 @@ from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.train import convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
-from diptych.train.run import reopen
+from diptych.train.run import reopen, write_untrained
 
 Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "diptych")
@@ -126,6 +126,8 @@ def open_source(source: str | Path, to: str, choices: Choices) -> Opened | conve
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if (path / "config.json").is_file():
+        if choices.heads or choices.image_heads or choices.image_encoder:
+            raise UserError(f"{path}: its config.json says all of its shape: leave out the options about it")
         if hf.config_of(path).model_type in FAMILIES:
             return convert_text.from_hugging_face(path, choices.tokenizer)
         return from_hugging_face(path, choices)
@@ -178,8 +180,6 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
     kinds = theirs.architectures or [theirs.model_type]
     if kinds != ["Blip2ForImageTextRetrieval"]:
         raise UserError(f"{folder}: not a Blip2ForImageTextRetrieval; its config.json says {', '.join(kinds)}")
-    if choices.heads or choices.image_heads or choices.image_encoder:
-        raise UserError(f"{folder}: its config.json says all of its shape: leave out the options about it")
     vision, stage1 = hf_blip2.config(theirs)
     settings = _settings(f"converted from Hugging Face's {folder.name}")
     settings.objectives.lm = 0.0
@@ -357,5 +357,5 @@ def write_run(opened: Opened, out: Path) -> list[str]:
         settings.image_encoder.weights = TOWER_FILE
     settings.qformer.tokenizer = None  # the run's own tokenizer.json is used
     opened.built.tokenizer.save(out)
-    convert_text.write_rest(out, program, settings)
+    write_untrained(out, program, settings)
     return []

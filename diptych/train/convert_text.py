@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from diptych import config
 from diptych.checkpoints import hf, texts
-from diptych.config import Settings, TextSettings
+from diptych.config import TextSettings
 from diptych.errors import UserError
-from diptych.train.checkpoint import Checkpoints
-from diptych.train.program import Program
+from diptych.train.run import write_untrained
 from diptych.train.texts import BuiltText, build
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -68,15 +62,5 @@ def write_run(opened: OpenedText, out: Path) -> list[str]:
     out.mkdir()
     opened.built.save(out)
     settings.model.tokenizer = None  # the run's own is used
-    write_rest(out, opened.built.program, settings)
+    write_untrained(out, opened.built.program, settings)
     return []
-
-
-def write_rest(out: Path, program: Program, settings: Settings) -> None:
-    """What makes a folder a run. It was not trained here: its log is empty, and it has no optimizer."""
-    with Checkpoints(out / "checkpoints") as kept:
-        kept.save(0, program, None, {"steps": 0})
-    (out / "log.jsonl").touch()
-    began = {"torch": torch.__version__, "began": time.time(), "converted": settings.about}
-    (out / "environment.json").write_text(json.dumps(began))
-    (out / "settings.yaml").write_text(config.dump(settings), encoding="utf-8")

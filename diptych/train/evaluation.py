@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diptych.aside import aside
 from diptych.config import Evaluation
+from diptych.core.fingerprint import fingerprint
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -36,7 +37,6 @@ from diptych.generate import Search
 from diptych.objectives import gather
 from diptych.train import features, processes, skipped
 from diptych.train.build import splits
-from diptych.train.checkpoint import fingerprint
 from diptych.train.run import load, settings_of
 from diptych.train.stage1 import Run
 from diptych.train.watch import Silent, Watch

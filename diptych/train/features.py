@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.config import Encoder, Stage1Settings
+from diptych.core.fingerprint import fingerprint
 from diptych.data import cache, features
 from diptych.data.cache import FeatureCache, Table
 from diptych.data.features import BATCH, Encoded
@@ -23,7 +24,6 @@ from diptych.data.transforms import views
 from diptych.errors import UserError
 from diptych.objectives import gather
 from diptych.train import processes
-from diptych.train.checkpoint import fingerprint
 from diptych.train.watch import Watch
 
 VERSION = 2  # to be raised when `data/transforms.py` or what a tower of ours computes changes

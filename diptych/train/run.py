@@ -25,6 +25,7 @@ from diptych.train.loop import device
 from diptych.train.meter import Meter, peak
 from diptych.train.moves import moves_of
 from diptych.train.parallel import spread
+from diptych.train.program import Program
 from diptych.train.skipped import Skipped
 from diptych.train.trackers import Trackers
 from diptych.train.watch import Silent, Watch
@@ -208,3 +209,13 @@ def _write_settings(out: Path, settings: Settings) -> None:
         file.write_text(config.dump(settings), encoding="utf-8")
         checkpoint.flush(file)
     checkpoint.flush(out)
+
+
+def write_untrained(out: Path, program: Program, settings: Settings) -> None:
+    """What makes a folder a run. It was not trained here: its log is empty, and it has no optimizer."""
+    with Checkpoints(out / "checkpoints") as kept:
+        kept.save(0, program, None, {"steps": 0})
+    (out / "log.jsonl").touch()
+    began = {"torch": torch.__version__, "began": time.time(), "converted": settings.about}
+    (out / "environment.json").write_text(json.dumps(began))
+    (out / "settings.yaml").write_text(config.dump(settings), encoding="utf-8")

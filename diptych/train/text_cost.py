@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from diptych.config import TextSettings
-from diptych.core.surgery import is_frozen
-from diptych.data.texts import Row, TextBatch, batch_of
 from diptych.train import cost as pictures
 from diptych.train.language import TextProgram
 from diptych.train.live import Live, read_on
 from diptych.train.loop import autocast, device, precision
-from diptych.train.texts import build, work
+from diptych.train.texts import build, random_batch, work
 
 FEW = 4
 
@@ -30,7 +25,7 @@ def cost(settings: TextSettings) -> dict[str, Any]:
     rows = -(-train.batch // min(train.accumulate, train.batch))
     memory = pictures.state_memory(program, train) | {"activations": activations(program, longest, rows, settings)}
     return {
-        "parameters": sum(p.numel() for p in program.parameters() if not is_frozen(program)),
+        "parameters": sum(p.numel() for p in program.parameters()),
         "batch": train.batch,
         "tokens": longest,
         "flops": round(work(program, longest) * train.batch),
@@ -56,14 +51,6 @@ def activations(program: TextProgram, longest: int, rows: int, settings: TextSet
     most = read_on(alive, rows, FEW)
     program.zero_grad(set_to_none=True)
     return max(most - pictures.trained_bytes(program), 0)
-
-
-def random_batch(program: TextProgram, longest: int, rows: int, packed: bool) -> TextBatch:
-    """Rows of random words, as long as may be."""
-    vocab, draw = program.model.text.config.vocab, np.random.default_rng(0)
-    places = np.arange(longest)
-    made = [Row(draw.integers(vocab, size=longest), places, places, np.zeros_like(places)) for _ in range(rows)]
-    return replace(batch_of(made, 0, packed)).to(next(program.parameters()).device)
 
 
 def lines(found: dict[str, Any], scaled: Callable[[float, str], str]) -> list[str]:

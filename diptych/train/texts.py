@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.checkpoints import starter
@@ -22,7 +23,7 @@ from diptych.core.config import StackConfig
 from diptych.core.memory import Past
 from diptych.data.documents import documents
 from diptych.data.readers.faults import Fault
-from diptych.data.texts import Corpus, Row, TextSteps, batch_of
+from diptych.data.texts import Corpus, Row, TextBatch, TextSteps, batch_of
 from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.heads import LanguageModel
@@ -36,6 +37,7 @@ from diptych.train.measured import TextValidation, rows_of
 from diptych.train.watch import Watch
 
 Say = Callable[[str], object]
+COUNTED = 2  # rows that FLOPs are counted of
 SHAPE = "model.json"  # of a run: its family and config
 
 
@@ -182,18 +184,22 @@ def _started(program: TextProgram) -> dict[str, int]:
     return {name: above(name) for name, _ in program.named_parameters() if name.startswith("model.text.")}
 
 
+def random_batch(program: TextProgram, tokens: int, rows: int, packed: bool = False) -> TextBatch:
+    """Rows of random words of a token each, of so many tokens."""
+    vocab, draw, places = program.model.text.config.vocab, np.random.default_rng(0), np.arange(tokens)
+    made = [Row(draw.integers(vocab, size=tokens), places, places, np.zeros_like(places)) for _ in range(rows)]
+    return batch_of(made, 0, packed).to(next(program.parameters()).device)
+
+
 def work(program: TextProgram, tokens: int) -> float:
     """FLOPs of a row of so many tokens, forward and backward, the head for what is predicted alone."""
-    ids = torch.zeros((2, tokens), dtype=torch.long, device=device())
-    row = Row(*(np.zeros(tokens, np.int64) for _ in range(4)))
-    batch = replace(batch_of([row, row], 0), ids=ids).to(device())
     was_training = program.training
     program.train()
     with FlopCounterMode(display=False) as counter:
-        program(batch)["loss"].backward()
+        program(random_batch(program, tokens, COUNTED))["loss"].backward()
     program.zero_grad(set_to_none=True)
     program.train(was_training)
-    return counter.get_total_flops() / 2
+    return counter.get_total_flops() / COUNTED
 
 
 @dataclass
@@ -217,11 +223,8 @@ class TextRun:
             raise UserError(f"{self.folder} has learned hidden words, not how a text goes on; ask it to fill [MASK]")
         search = search or Search(max_length=self.settings.data.max_tokens)
         rows = [[self.words.begin, *piece.ids.tolist()] for piece in self.words.pieces(texts)]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.words.pad, device=device())
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.words.pad).to(device())
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True).to(device())
         past = Past.empty(len(self.program.stack.blocks))
         draw = torch.Generator(device()).manual_seed(seed)
         step, end, pad = self.program.model.step, self.words.end, self.words.pad

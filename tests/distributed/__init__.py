@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 90  # a collective that waits so long has lost a rank
@@ -53,3 +54,33 @@ def joined(rank: int, size: int, folder: Path) -> Iterator[None]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+Split = tuple[int, ...]  # rows of each process
+Splits = Mapping[int, Sequence[Split]]  # by how many processes there are
+Told = dict[str, Any]
+
+
+def found_by(script: str, splits: Splits, folder: Path) -> dict[Split, list[Told]]:
+    """What every rank told of each split, where `script` calls `tell`."""
+    import torch
+
+    launch(script, max(splits), folder)
+    found: dict[Split, list[Told]] = {}
+    for rank in range(max(splits)):
+        for split, told in torch.load(folder / f"{rank}.pt").items():
+            found.setdefault(split, []).append(told)
+    return found
+
+
+def tell(splits: Splits, told: Callable[[int, Split], Told]) -> None:
+    """What each process that `found_by` started does: the largest world first, then smaller ones of the first
+    processes."""
+    import torch
+
+    rank, _, folder = started_as(sys.argv)
+    found: dict[Split, Told] = {}
+    for size in sorted((size for size in splits if rank < size), reverse=True):
+        with joined(rank, size, folder):
+            found |= {split: told(rank, split) for split in splits[size]}
+    torch.save(found, folder / f"{rank}.pt")

@@ -5,10 +5,8 @@ B rows of all processes, T text tokens.
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.objectives.gather import gather
 from diptych.train.accumulate import backward
 from diptych.train.programs import Stage1, Stage1Objectives
-from tests.distributed import joined, launch, started_as
+from tests.distributed import found_by, tell
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 ROWS = 6
@@ -151,13 +149,7 @@ def alone() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[tuple[int, ...], list[dict[str, Tensor]]]:
     """What every rank found for each split of the batch."""
-    folder = tmp_path_factory.mktemp("worlds")
-    launch(__file__, max(SPLITS), folder)
-    found: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
-    for rank in range(max(SPLITS)):
-        for split, said in torch.load(folder / f"{rank}.pt").items():
-            found.setdefault(split, []).append(said)
-    return found
+    return found_by(__file__, SPLITS, tmp_path_factory.mktemp("worlds"))
 
 
 each_split = pytest.mark.parametrize("split", [split for size in SPLITS for split in SPLITS[size]], ids=str)
@@ -201,15 +193,5 @@ def test_gather_of_rows_that_are_not_contiguous(split, worlds):
         assert torch.equal(found["sum's gradient"], torch.full_like(wanted, len(split)))
 
 
-def work(rank: int, folder: Path) -> None:
-    """What each process does: the largest world first, then smaller ones of the first processes."""
-    found = {}
-    for size in sorted((size for size in SPLITS if rank < size), reverse=True):
-        with joined(rank, size, folder):
-            found |= {split: told(rank, split) | gathered(rank, split) for split in SPLITS[size]}
-    torch.save(found, folder / f"{rank}.pt")
-
-
 if __name__ == "__main__":
-    rank, _, folder = started_as(sys.argv)
-    work(rank, folder)
+    tell(SPLITS, lambda rank, split: told(rank, split) | gathered(rank, split))

@@ -5,15 +5,12 @@ b rows of this process.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from diptych.data.texts import batch_of
-from tests.distributed import joined, launch, started_as
+from tests.distributed import found_by, tell
 from tests.distributed.test_stage1 import EXACT, averaged
 from tests.unit.test_texts import PAD, PROGRAMS, loss, rows
 
@@ -43,13 +40,7 @@ def alone() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[tuple[int, ...], list[dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("worlds")
-    launch(__file__, max(SPLITS), folder)
-    found: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
-    for rank in range(max(SPLITS)):
-        for split, said in torch.load(folder / f"{rank}.pt").items():
-            found.setdefault(split, []).append(said)
-    return found
+    return found_by(__file__, SPLITS, tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.mark.parametrize("split", [split for size in SPLITS for split in SPLITS[size]], ids=str)
@@ -61,15 +52,5 @@ def test_losses_and_gradients_are_those_of_one_process(split, worlds, alone):
             torch.testing.assert_close(found[name], wanted, msg=lambda text, at=name: f"{at}: {text}", **EXACT)
 
 
-def work(rank: int, folder: Path) -> None:
-    """What each process does: the largest world first, then smaller ones of the first processes."""
-    found = {}
-    for size in sorted((size for size in SPLITS if rank < size), reverse=True):
-        with joined(rank, size, folder):
-            found |= {split: told(rank, split) for split in SPLITS[size]}
-    torch.save(found, folder / f"{rank}.pt")
-
-
 if __name__ == "__main__":
-    rank, _, folder = started_as(sys.argv)
-    work(rank, folder)
+    tell(SPLITS, told)

@@ -210,7 +210,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run, theirs, tmp_path):
 def test_another_hugging_face_model_is_named(tmp_path):
     from transformers import ViTConfig, ViTModel
 
-    ViTModel(
-        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    ).save_pretrained(tmp_path / "vit")
+    ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(
+        tmp_path / "vit"
+    )
     assert "ViTModel" in refused(tmp_path / "vit", tmp_path / "b", "diptych")
