@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 import transformers
 from pairs import Spread, in_turns
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from diptych import checkpoints
 from diptych.checkpoints import hf
@@ -292,7 +294,8 @@ def check(name: str, models: dict[str, Any], chosen: argparse.Namespace) -> floa
 
 
 def peak_of(once: Callable[[], Tensor], device: str) -> int:
-    """Bytes that a call takes at most beyond what is there before it."""
+    """Bytes that tensors of a call hold at most beyond what is there before it, as torch's allocator tells them. The
+    resident set would tell as much of what the libraries beneath keep for a next call."""
     gc.collect()
     if device.startswith("cuda"):
         wait(device)
@@ -300,16 +303,11 @@ def peak_of(once: Callable[[], Tensor], device: str) -> int:
         before = torch.cuda.memory_allocated()
         once()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = resident("VmRSS")
-    once()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process, as Linux tells them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        once()
+    events = seen.profiler.kineto_results.events()
+    given = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(count for _, count in given))
 
 
 def alone(chosen: argparse.Namespace) -> None:
@@ -317,12 +315,11 @@ def alone(chosen: argparse.Namespace) -> None:
     name, dtype = chosen.rows[0], DTYPES[chosen.dtype]
     row = ROWS[name]
     model = load(chosen.alone, row.model, chosen).to(dtype)
-    small = Size(1, min(row.size.tokens, 2), min(row.size.new, 2), row.size.beams)
-    run_of(chosen.alone, row, model, inputs(row, small, chosen.device, dtype))()  # what is imported by a first call
-    model.zero_grad(set_to_none=True)
     model.train(row.drops)
-    given = inputs(row, row.size, chosen.device, dtype)
-    print(json.dumps(peak_of(run_of(chosen.alone, row, model, given), chosen.device)))
+    once = run_of(chosen.alone, row, model, inputs(row, row.size, chosen.device, dtype))
+    once()  # what a first call alone takes is not counted
+    model.zero_grad(set_to_none=True)
+    print(json.dumps(peak_of(once, chosen.device)))
 
 
 def peaks(name: str, chosen: argparse.Namespace) -> tuple[int, ...]:
@@ -331,8 +328,7 @@ def peaks(name: str, chosen: argparse.Namespace) -> tuple[int, ...]:
     for side in SIDES:
         argv = [sys.executable, __file__, "--alone", side, "--rows", name, "--weights", str(chosen.weights)]
         argv += ["--threads", str(chosen.threads), "--dtype", chosen.dtype, "--device", chosen.device]
-        # What is freed is gone at once, so that the peak is what was alive and not how the heap had been cut up.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(chosen.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(chosen.threads)}
         done = subprocess.run(argv, check=False, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}: {side} failed alone: {done.stderr.strip().splitlines()[-1]}")
