@@ -307,7 +307,8 @@ def _clip_blocks(config: StackConfig, final: str) -> Table:
 
 
 def clip_text(config: TextConfig) -> Table:
-    """`CLIPTextModel` (also inside `CLIPModel`) ↔ `TextModel`; the projection is not part of it."""
+    """`CLIPTextModel` (also inside `CLIPModel`) ↔ `TextModel`; the projection is not part of it. `SiglipTextModel`
+    too."""
     embeddings = (
         Rule("embeddings.token_embedding.weight", "embeddings.word.weight"),
         Rule("embeddings.position_embedding.weight", "embeddings.position.weight"),
@@ -316,14 +317,18 @@ def clip_text(config: TextConfig) -> Table:
 
 
 def clip_vision(config: VisionConfig) -> Table:
-    """`CLIPVisionModel` (also inside `CLIPModel`) ↔ `VisionTransformer`; the projection is not part of it."""
-    embeddings = (
-        Rule("embeddings.class_embedding", "class_token"),
-        Rule("embeddings.patch_embedding.weight", "patches.weight"),
+    """`CLIPVisionModel` (also inside `CLIPModel`) ↔ `VisionTransformer`; the projection is not part of it. Without a
+    class token and a norm over patches it is `SiglipVisionModel`, whose pool is not part of it."""
+    embeddings = [
+        Rule("embeddings.patch_embedding.{p}", "patches.{p}", over={} if config.patch_bias else {"p": ("weight",)}),
         Rule("embeddings.position_embedding.weight", "position"),
-        Rule("pre_layrnorm.{p}", "norm.{p}"),
-    )
-    table = Table(embeddings, squares={"position": Square(1)}) + _clip_blocks(config.stack, "post_layernorm")
+    ]
+    if config.class_token:
+        embeddings.append(Rule("embeddings.class_embedding", "class_token"))
+    if config.norm_patches:
+        embeddings.append(Rule("pre_layrnorm.{p}", "norm.{p}"))
+    squares = {"position": Square(int(config.class_token))}
+    table = Table(tuple(embeddings), squares=squares) + _clip_blocks(config.stack, "post_layernorm")
     return _prefixed(table, "", "vision_model.")
 
 

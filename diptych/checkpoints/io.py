@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +23,7 @@ from diptych.models.vision import stretch
 
 # What a folder's weights may be called, the best first; an index names the files that its tensors lie in.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+DAMAGE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, ValueError)
 WRAPPERS = ("model", "state_dict")  # keys under which training programs keep a model beside their optimiser
 
 
@@ -69,7 +73,9 @@ def _fit(ours: dict[str, Tensor], state: Mapping[str, Tensor], table: Table, sou
 def read(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name, on the CPU.
 
-    path: a .safetensors, .bin, .pt or .pth file, a folder with one or with shards and their index, or a hub id.
+    path: a .safetensors, .bin, .pt or .pth file, a folder with one or with shards and their index, or a hub id. A
+    TorchScript archive (OpenAI CLIP's .pt) is read with what stands beside its weights, each in the type that it has
+    there; a .npz holds Flax's arrays.
     """
     found = find(path)
     if found.is_file():
@@ -116,14 +122,41 @@ def _from_hub(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", *weights]))
 
 
+def _is_script(file: Path) -> bool:
+    """Whether a file is a TorchScript archive: like other files of torch's a zip, and with code in it."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_script(file: Path) -> dict[str, Tensor]:
+    """The weights of a TorchScript archive; no Python is run for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers newer formats; archives stay as they are
+        return dict(torch.jit.load(str(file), map_location="cpu").state_dict())
+
+
+def _read_arrays(file: Path) -> dict[str, Tensor]:
+    with np.load(file, allow_pickle=False) as held:
+        arrays = {name: held[name] for name in held.files}
+    odd = next((name for name, array in arrays.items() if array.dtype.kind not in "fiub"), None)
+    if odd is not None:
+        raise UserError(f"{file}: '{odd}' holds {arrays[odd].dtype}, and only numbers are read")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 def _read_file(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        held = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        if file.suffix == ".npz":
+            return _read_arrays(file)
+        is_script = _is_script(file)
+        held = _read_script(file) if is_script else torch.load(file, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
         raise UserError(f"{file}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
     for wrapper in WRAPPERS:
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):

@@ -6,8 +6,8 @@ B pictures or texts, N image tokens, T text tokens, D width of a tower, E embedd
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from diptych.core.attention import Attention
 from diptych.core.block import MLP
 from diptych.core.config import StackConfig
+from diptych.errors import UserError
+from diptych.models import language
 from diptych.models.heads import Pooler
 from diptych.models.language import TextConfig, TextModel
 from diptych.models.resnet import ModifiedResNet, ResNetConfig, ResNetPool
+from diptych.models.timm_tower import TimmConfig, TimmTrunk
 from diptych.models.vision import ImageTokens, VisionConfig, VisionTransformer
 
-ImagePool = Literal["first", "mean", "attention", "pooler"]
+ImagePool = Literal["first", "mean", "mean_norm", "attention", "pooler"]
 TextPool = Literal["end", "first", "last", "mean", "pooler"]
-Projection = Literal["plain", "biased", "none"]
+Projection = Literal["plain", "biased", "mlp", "wide", "none"]
 
 
 class FirstCell(nn.Module):
@@ -41,6 +44,17 @@ class MeanCell(nn.Module):
         if seen.mask is None:
             return cells.mean(1)
         return mean_of(cells, seen.mask[:, seen.prefix :])
+
+
+class NormedMeanCell(MeanCell):
+    """The same, then a norm (timm's "avg" and CLIPA; their stacks end without one). `ImageTokens` → (B, D)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, seen: ImageTokens) -> Tensor:
+        return self.norm(super().forward(seen))
 
 
 class PooledCell(nn.Module):
@@ -82,7 +96,7 @@ class EndToken(nn.Module):
 
     def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         place = ids.argmax(1) if self.end_id is None else (ids == self.end_id).int().argmax(1)
-        return hidden[torch.arange(len(ids), device=ids.device), place]
+        return hidden[torch.arange(ids.shape[0], device=ids.device), place]
 
 
 class FirstToken(nn.Module):
@@ -99,7 +113,7 @@ class LastToken(nn.Module):
         if mask is None:
             return hidden[:, -1]
         place = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
-        return hidden[torch.arange(len(place), device=place.device), place]
+        return hidden[torch.arange(place.shape[0], device=place.device), place]
 
 
 class MeanToken(nn.Module):
@@ -127,7 +141,12 @@ def mean_of(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def projection(width: int, embed: int, kind: Projection = "plain") -> nn.Module:
-    """From a tower's width to that of the space: without a bias, with one, or none where both are the same."""
+    """From a tower's width to that of the space: without a bias, with one, through two layers of OpenCLIP's ("mlp": by
+    the mean of both widths; "wide": by twice E, with a bias there), or none where both are the same."""
+    if kind in ("mlp", "wide"):
+        between = 2 * embed if kind == "wide" else (width + embed) // 2
+        first = nn.Linear(width, between, bias=kind == "wide")
+        return nn.Sequential(first, nn.GELU(), nn.Linear(between, embed, bias=False))
     return nn.Identity() if kind == "none" else nn.Linear(width, embed, bias=kind == "biased")
 
 
@@ -148,6 +167,16 @@ class ImageTower(nn.Module):
     def pooled(self, seen: ImageTokens) -> Tensor:
         """Of image tokens that were made before."""
         return self.projection(self.pool(seen))
+
+
+class WholeTower(ImageTower):
+    """A timm model as it is: its own head pools what its trunk gives, and may project too."""
+
+    def __init__(self, trunk: TimmTrunk, projection: nn.Module):
+        super().__init__(trunk, nn.Identity(), projection)
+
+    def pooled(self, seen: ImageTokens) -> Tensor:
+        return self.projection(self.encoder.head(seen))
 
 
 class TextTower(nn.Module):
@@ -179,16 +208,17 @@ class FilledTextTower(TextTower):
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Two towers of our own stack.
+    """Two towers of our own stack, or one of them and a guest.
 
-    image: a ViT's, or a ModifiedResNet's, which has its own pool and needs no projection. embed: E. image_pool,
-    text_pool: what makes one vector of a tower's states ("pooler": the first one's, through a layer and tanh). end_id:
-    for "end", see `EndToken`. fills: texts are filled up to all positions with the text's `pad_id`, which is seen
-    (SigLIP). scale: what cosines are multiplied by, at the start; bias: is added to them, None for none (SigLIP has
-    one).
+    image: a ViT's; a ModifiedResNet's, which has its own pool and needs no projection; a timm model's that is taken
+    whole, its head for a pool; or None for a guest, a timm or Hugging Face encoder that is handed in beside. embed: E.
+    image_pool, text_pool: what makes one vector of a tower's states ("pooler": the first one's, through a layer and
+    tanh). end_id: for "end", see `EndToken`. fills: texts are filled up to all positions with the text's `pad_id`,
+    which is seen, and so trained like any word (SigLIP). scale: what cosines are multiplied by, at the start; bias: is
+    added to them, None for none (SigLIP has one).
     """
 
-    image: VisionConfig | ResNetConfig
+    image: VisionConfig | ResNetConfig | TimmConfig | None
     text: TextConfig
     embed: int
     image_pool: ImagePool = "first"
@@ -208,7 +238,7 @@ class DualEncoder(nn.Module):
     models) have shape [1].
     """
 
-    entrances = ("embed_pictures", "embed_texts")
+    entrances = ("embed_pictures", "embed_tokens", "embed_texts")
 
     def __init__(self, image: ImageTower, text: TextTower, scale: float = 1 / 0.07, bias: float | None = None):
         super().__init__()
@@ -238,18 +268,29 @@ class DualEncoder(nn.Module):
         return self.logits(self.embed_pictures(pixels), self.embed_texts(ids, mask))
 
 
-def dual_encoder(config: ClipConfig) -> DualEncoder:
-    """The model of a config, with OpenAI CLIP's random weights."""
-    model = DualEncoder(image_tower(config), text_tower(config), config.scale, config.bias)
-    initialise(model)
-    return model
+def dual_encoder(config: ClipConfig, encoder: nn.Module | None = None) -> DualEncoder:
+    """The model of a config, with OpenAI CLIP's random weights. encoder: the guest of a config without `image`; its
+    weights stay."""
+    image, text = image_tower(config, encoder), text_tower(config)
+    for tower in (image, text):
+        if tower.encoder is not encoder:
+            initialise(tower.encoder)
+        initialise_projection(tower.projection)
+    return DualEncoder(image, text, config.scale, config.bias)
 
 
-def image_tower(config: ClipConfig) -> ImageTower:
+def image_tower(config: ClipConfig, encoder: nn.Module | None = None) -> ImageTower:
     if isinstance(config.image, ResNetConfig):
         return ImageTower(ModifiedResNet(config.image), ResNetPool(config.image, config.embed), nn.Identity())
-    encoder = VisionTransformer(config.image)
-    pool = image_pool(config.image_pool, encoder.width, config.image.stack)
+    if isinstance(config.image, TimmConfig):
+        trunk = TimmTrunk(config.image)
+        return WholeTower(trunk, projection(trunk.pooled_width, config.embed, config.image_projection))
+    if encoder is None:
+        if config.image is None:
+            raise ValueError("a config without an image encoder wants one handed in")
+        encoder = VisionTransformer(config.image)
+    stack = None if config.image is None else config.image.stack
+    pool = image_pool(config.image_pool, encoder.width, stack)
     return ImageTower(encoder, pool, projection(encoder.width, config.embed, config.image_projection))
 
 
@@ -257,17 +298,19 @@ def image_pool(kind: ImagePool, width: int, stack: StackConfig | None = None) ->
     """stack: what an attention pool is shaped like; by default heads of 64 and a feed-forward of four times width."""
     if kind == "attention":
         return AttentionPool(stack or StackConfig(width, 1, max(1, width // 64), 4 * width))
-    return {"first": FirstCell, "mean": MeanCell}[kind]() if kind != "pooler" else PooledCell(width)
+    if kind == "mean_norm":
+        return NormedMeanCell(width, stack.eps if stack else 1e-5)
+    return PooledCell(width) if kind == "pooler" else {"first": FirstCell, "mean": MeanCell}[kind]()
 
 
 def text_tower(config: ClipConfig) -> TextTower:
     text, width = config.text, config.text.stack.width
-    parts = (
-        TextModel(text),
-        text_pool(config.text_pool, width, config.end_id),
-        projection(width, config.embed, config.text_projection),
-    )
-    return FilledTextTower(*parts, text.positions, text.pad_id or 0) if config.fills else TextTower(*parts)
+    pool = text_pool(config.text_pool, width, config.end_id)
+    last = projection(width, config.embed, config.text_projection)
+    if not config.fills:
+        return TextTower(TextModel(text), pool, last)
+    encoder = TextModel(replace(text, pad_id=None))  # for what is seen is trained
+    return FilledTextTower(encoder, pool, last, text.positions, text.pad_id or 0)
 
 
 def text_pool(kind: TextPool, width: int, end_id: int | None = None) -> nn.Module:
@@ -276,34 +319,97 @@ def text_pool(kind: TextPool, width: int, end_id: int | None = None) -> nn.Modul
     return EndToken(end_id) if kind == "end" else {"first": FirstToken, "last": LastToken, "mean": MeanToken}[kind]()
 
 
+def config_of(model: DualEncoder) -> ClipConfig:
+    """The config that `dual_encoder` would make such a model from; UserError for towers that are not our own."""
+    image, text = model.image, model.text
+    if not isinstance(text.encoder, TextModel):
+        raise UserError(f"a text tower of {type(text.encoder).__name__} has no config of ours")
+    seen = getattr(image.encoder, "config", None)
+    if not isinstance(seen, VisionConfig | ResNetConfig | TimmConfig):
+        raise UserError(f"an image tower of {type(image.encoder).__name__} has no config of ours")
+    if isinstance(image.pool, AttentionPool):
+        heads = seen.stack.heads if isinstance(seen, VisionConfig) else 0
+        if image.pool.attn.heads != heads:
+            raise UserError(f"an attention pool of {image.pool.attn.heads} heads has no config over {heads}")
+    end_id = text.pool.end_id if isinstance(text.pool, EndToken) else None
+    fills = isinstance(text, FilledTextTower)
+    return ClipConfig(
+        seen,
+        replace(text.encoder.config, pad_id=text.pad_id) if fills else text.encoder.config,
+        _width_of(text.projection, text.encoder.config.stack.width),
+        image_pool=POOLS.get(type(image.pool), "first"),
+        text_pool=POOLS[type(text.pool)],
+        image_projection=_kind_of(image.projection),
+        text_projection=_kind_of(text.projection),
+        end_id=end_id,
+        fills=fills,
+        scale=float(model.logit_scale.detach().exp()),
+        bias=None if model.logit_bias is None else float(model.logit_bias.detach()),
+    )
+
+
+def still(config: ClipConfig) -> ClipConfig:
+    """What a model computes, once trained: without dropouts, stochastic depth and what scale and bias began with."""
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
+
+    def calm(part: Any) -> Any:
+        return replace(part, stack=replace(part.stack, **quiet)) if hasattr(part, "stack") else part
+
+    bias = None if config.bias is None else 0.0
+    return replace(config, image=calm(config.image), text=calm(config.text), scale=1.0, bias=bias)
+
+
+POOLS: dict[type, Any] = {
+    FirstCell: "first", MeanCell: "mean", NormedMeanCell: "mean_norm", AttentionPool: "attention", PooledCell: "pooler",
+    EndToken: "end", FirstToken: "first", LastToken: "last", MeanToken: "mean", PooledToken: "pooler",
+}  # fmt: skip
+
+
+def _kind_of(layer: nn.Module) -> Projection:
+    if isinstance(layer, nn.Linear):
+        return "plain" if layer.bias is None else "biased"
+    if isinstance(layer, nn.Sequential):
+        return "mlp" if layer[0].bias is None else "wide"
+    return "none"
+
+
+def _width_of(layer: nn.Module, without: int) -> int:
+    """E of a projection, or the tower's own width without one."""
+    layer = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    return layer.out_features if isinstance(layer, nn.Linear) else without
+
+
+def initialise_projection(layer: nn.Module) -> None:
+    """From a width to the space, scaled by the width; "none" is an identity, which has nothing to draw."""
+    if isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 @torch.no_grad()
-def initialise(model: DualEncoder) -> None:
+def initialise(encoder: nn.Module) -> None:
     """OpenAI CLIP's draws: normal ones whose deviation falls with the width, and on what is added to a residual stream
-    with the depth too (Radford et al. 2021; `CLIP.initialize_parameters`)."""
-    for tower in (model.image, model.text):
-        encoder = tower.encoder
-        if isinstance(encoder, VisionTransformer | TextModel):
-            initialise_stack(encoder)
-        if isinstance(tower.projection, nn.Linear):
-            nn.init.normal_(tower.projection.weight, std=tower.projection.in_features**-0.5)
-            if tower.projection.bias is not None:
-                nn.init.zeros_(tower.projection.bias)
-
-
-def initialise_stack(encoder: VisionTransformer | TextModel) -> None:
-    width, layers = encoder.config.stack.width, encoder.config.stack.layers
-    inside, added = width**-0.5, width**-0.5 * (2 * layers) ** -0.5
+    with the depth too (Radford et al. 2021; `CLIP.initialize_parameters`). A BERT, whose norms come last, begins as
+    BERT does; a ModifiedResNet has drawn its own."""
+    if not isinstance(encoder, VisionTransformer | TextModel):
+        return
+    stack = encoder.config.stack
+    if stack.norm == "post":
+        encoder.apply(language.initialise)
+        return
+    inside, added = stack.width**-0.5, stack.width**-0.5 * (2 * stack.layers) ** -0.5
     for block in encoder.stack.blocks:
-        stds = {block.attn.o: added, block.mlp.up: (2 * width) ** -0.5, block.mlp.down: added}
+        stds = {block.attn.o: added, block.mlp.up: (2 * stack.width) ** -0.5, block.mlp.down: added}
         for layer in (block.attn.q, block.attn.k, block.attn.v, *stds):
             nn.init.normal_(layer.weight, std=stds.get(layer, inside))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    if isinstance(encoder, TextModel):
-        nn.init.normal_(encoder.embeddings.word.weight, std=0.02)
-        if encoder.embeddings.position is not None:
-            nn.init.normal_(encoder.embeddings.position.weight, std=0.01)
+    if isinstance(encoder, VisionTransformer):
+        nn.init.normal_(encoder.position, std=inside)
+        if encoder.class_token is not None:
+            nn.init.normal_(encoder.class_token, std=inside)
         return
-    nn.init.normal_(encoder.position, std=inside)
-    if encoder.class_token is not None:
-        nn.init.normal_(encoder.class_token, std=inside)
+    nn.init.normal_(encoder.embeddings.word.weight, std=0.02)
+    if encoder.embeddings.position is not None:
+        nn.init.normal_(encoder.embeddings.position.weight, std=0.01)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from diptych.core.config import StackConfig
 from diptych.core.dropout import Dropout
 from diptych.core.stack import Stack
 from diptych.errors import UserError
+
+Fit = Literal["crop", "squash", "pad"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,19 @@ class ImageTokens:
 class ImageSpec:
     """How an encoder wants its pictures: side in pixels, mean and deviation a channel, and how they are scaled.
 
-    fit: "crop" scales the short side to side / crop_share and takes the centre; "squash" scales both sides to `size`.
+    fit: "crop" scales the short side to size / crop_share (rounded down), "squash" both sides, and "pad" the long side,
+    with a border of the colour `fill` around what is too short; then the centre is taken. crop_from: where the centre
+    begins between two pixels: at the even one ("even", torchvision's) or at the lower ("down", Hugging Face's).
     """
 
     size: int
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"
-    fit: str = "squash"
+    fit: Fit = "squash"
     crop_share: float = 1.0
+    fill: tuple[int, int, int] = (0, 0, 0)
+    crop_from: Literal["even", "down"] = "even"
 
 
 class ImageEncoder(Protocol):
@@ -142,9 +148,9 @@ def stretch(position: Tensor, grid: tuple[int, int], prefix: int, align_corners:
     """
     table = position[prefix:]
     side = round(table.shape[0] ** 0.5)
-    if grid == (side, side):
+    if not torch.compiler.is_exporting() and grid == (side, side):  # a program is for any grid: it stretches always
         return position
-    square = table.T.reshape(1, -1, side, side).float()
+    square = table.T.reshape(1, -1, side, side).to(torch.promote_types(table.dtype, torch.float32))
     square = F.interpolate(square, size=grid, mode="bicubic", align_corners=align_corners)
     return torch.cat([position[:prefix], square.flatten(2)[0].T.to(position.dtype)])
 
@@ -211,10 +217,17 @@ def places(grid: tuple[int, int], width: int) -> Tensor:
     al. 2017, in two dimensions). Rows and columns count from 0 to 16 whatever the grid, so that resolutions agree."""
     quarter = -(-width // 4)
     rates = 10_000 ** (-torch.arange(quarter) / quarter)
-    rows, columns = (torch.linspace(0, 16, side)[:, None] * rates for side in grid)
+    rows, columns = (_evenly(side)[:, None] * rates for side in grid)
     rows = rows[:, None].expand(-1, grid[1], -1)
     columns = columns[None].expand(grid[0], -1, -1)
     return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], -1).flatten(0, 1)[:, :width]
+
+
+def _evenly(side: int) -> Tensor:
+    """(side,) numbers from 0 to 16."""
+    if torch.compiler.is_exporting():  # for any side, of which linspace would make a constant
+        return 16 * torch.arange(side) / (side - 1)
+    return torch.linspace(0, 16, side)
 
 
 def _ends_with_channels(model: nn.Module) -> bool:
