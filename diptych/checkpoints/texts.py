@@ -11,6 +11,9 @@ from diptych.checkpoints.rules import Table
 from diptych.errors import UserError
 from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig, TextModel
+from diptych.text.bpe import ClipTokenizer, find_merges, is_clip, read_json
+from diptych.text.subwords import SentencePieces, Subwords
+from diptych.text.tokenizer import SPECIAL, Tokenizer, Words
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -54,6 +57,47 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if made is None or not made.is_fast:
         raise UserError(f"{path}: its tokenizer ({type(made).__name__}) can't tell where in a text its tokens stand")
     return made
+
+
+def open_words(place: str | Path) -> Words:
+    """The tokenizer of a run, a folder or a hub id, as its files show it; of OpenAI's file of merges; or "clip", that
+    file in an installed package. UserError where there is none."""
+    if str(place) == "clip":
+        return ClipTokenizer.from_merges(find_merges())
+    found = io.find(place)
+    if found.is_file() and found.suffix != ".json":
+        return ClipTokenizer.from_merges(found)
+    folder = found if found.is_dir() else found.parent
+    if is_clip(folder):
+        return ClipTokenizer.load(folder)
+    if _is_lower_word_piece(folder):
+        return Tokenizer.load(folder, added=())
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return SentencePieces(_sentence_pieces(folder))
+    return Subwords(open_tokenizer(folder))
+
+
+def _is_lower_word_piece(folder: Path) -> bool:
+    """Whether `Tokenizer` reads a folder: BERT's names for the special tokens, and its file, or words in small letters
+    alone."""
+    if (folder / "tokenizer.json").is_file():
+        model = read_json(folder / "tokenizer.json").get("model") or {}
+        return model.get("type") == "WordPiece" and all(token in model.get("vocab", ()) for token in SPECIAL)
+    settings = folder / "tokenizer_config.json"
+    is_lower = not settings.is_file() or read_json(settings).get("do_lower_case", True)
+    return (folder / "vocab.txt").is_file() and is_lower
+
+
+def _sentence_pieces(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        from transformers import SiglipTokenizer
+
+        return SiglipTokenizer.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        told = "spiece.model is read by the sentencepiece library, which is not installed"
+        raise UserError(f"{folder}: {told}: pip install sentencepiece protobuf") from error
+    except Exception as error:  # a broken file: the library raises kinds of its own
+        raise UserError(f"{folder}: the tokenizer can't be read ({type(error).__name__})") from error
 
 
 def shape(path: str | Path) -> tuple[TextConfig, str]:

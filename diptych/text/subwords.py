@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer as Rust
+from torch import Tensor
 
 from diptych.errors import UserError
-from diptych.text.tokenizer import Tokenizer
+from diptych.text.tokenizer import Tokenizer, padded, unknown_share
 
 Segment = Callable[[str], Sequence[str]]
 
@@ -32,7 +33,8 @@ class Pieces(NamedTuple):
 
 class Subwords:
     """Texts ↔ ids. `begin` and `end` stand around a text ([CLS] and [SEP], <s> and </s>, or GPT-2's one token for
-    both), `pad` fills up, `mask` is None where there is none; `special` are all that are no part of a text."""
+    both; SigLIP's has no beginning, and `begin` is None), `pad` fills up, `mask` is None where there is none; `special`
+    are all that are no part of a text."""
 
     def __init__(self, fast: Any):
         """fast: a tokenizer of `transformers`, of the fast kind."""
@@ -41,11 +43,14 @@ class Subwords:
         self.rust.no_truncation()
         begin, end = (fast.cls_token_id, fast.sep_token_id), (fast.bos_token_id, fast.eos_token_id)
         self.begin, self.end = begin if None not in begin else end
-        if self.begin is None or self.end is None:
+        around: list[int] = self.rust.encode("").ids  # what the tokenizer puts there by itself: GPT-2's puts nothing
+        self.begin = None if around == [self.end] else self.begin
+        if self.end is None or (self.begin is None and not around):
             raise UserError(f"{fast.name_or_path}: the tokenizer has no tokens that begin and end a text")
+        self.around = [[] if self.begin is None else [self.begin], [self.end]]
         self.pad = self.end if fast.pad_token_id is None else fast.pad_token_id
         self.mask: int | None = fast.mask_token_id
-        self.special = sorted({*fast.all_special_ids, self.begin, self.end, self.pad})
+        self.special = sorted({*fast.all_special_ids, *self.around[0], self.end, self.pad})
         self.size = len(fast)
 
     @classmethod
@@ -64,6 +69,24 @@ class Subwords:
         """Writes the files that `checkpoints.texts.open_tokenizer` reads."""
         self.fast.save_pretrained(folder)
 
+    def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """The ids of each text with its begin and end, unpadded; a text that is cut keeps its end."""
+        before, after = self.around
+        if longest is not None and longest < len(before) + 1:
+            raise UserError(f"texts of {longest} tokens have no room for those that begin and end them")
+        room = None if longest is None else longest - len(before) - 1
+        found = self.rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[*before, *encoding.ids[:room], *after] for encoding in found]
+
+    def encode(self, texts: Sequence[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """ids and mask, (R, T), cut to `longest` tokens, padded to the longest of these texts."""
+        return padded(self.rows(texts, longest), self.pad)
+
+    def unknown_share(self, texts: Iterable[str]) -> float:
+        """Share of the texts' words that begin with the unknown token; 0 where the tokenizer reads bytes."""
+        unknown = self.fast.unk_token_id
+        return 0.0 if unknown is None else unknown_share(self.rust, unknown, texts)
+
     def pieces(self, texts: Sequence[str], segment: Segment | None = None) -> list[Pieces]:
         """Of each text, whole. segment: parts a text into its words, where the tokenizer's own are single letters
         (Chinese); a token belongs to the word that its first letter is of."""
@@ -78,13 +101,48 @@ class Subwords:
             for text, one in zip(texts, found, strict=True)
         ]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of ids, special tokens left out."""
         return str(self.fast.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """What each id is called."""
         return [str(token) for token in self.fast.convert_ids_to_tokens([int(i) for i in ids])]
+
+
+class SentencePieces:
+    """SigLIP's: what is looked up in a spiece.model, after `transformers` took out punctuation. Nothing stands before a
+    text, `end` behind it."""
+
+    def __init__(self, slow: Any):
+        """slow: a tokenizer of `transformers`, of the kind that the `sentencepiece` library reads for."""
+        self.slow = slow
+        self.begin: int | None = None
+        self.end, self.size = slow.eos_token_id, len(slow)
+        self.pad = self.end if slow.pad_token_id is None else slow.pad_token_id
+
+    def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """The ids of each text with its end, unpadded; a text that is cut keeps its end."""
+        room = None if longest is None else longest - 1
+        found = self.slow(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+        return [[*ids[:room], self.end] for ids in found]
+
+    def encode(self, texts: Sequence[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """ids and mask, (R, T), cut to `longest` tokens, padded to the longest of these texts."""
+        return padded(self.rows(texts, longest), self.pad)
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of ids, special tokens left out."""
+        return str(self.slow.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def unknown_share(self, texts: Iterable[str]) -> float:
+        """Share of the texts' pieces that are unknown."""
+        every = [id for row in self.rows(list(texts)) for id in row[:-1]]
+        return every.count(self.slow.unk_token_id) / max(len(every), 1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files that `checkpoints.texts.open_words` reads."""
+        self.slow.save_pretrained(folder)
 
 
 def _of_words(text: str, words: Iterable[str], starts: Sequence[int]) -> np.ndarray:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,43 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 START, ENCODE = "[DEC]", "[ENC]"  # BLIP's: a text to be written, a text to be matched
 
 
+class Words(Protocol):
+    """What a dual encoder's texts go through: `Tokenizer`, `Subwords` or `ClipTokenizer`.
+
+    begin, end: ids that stand around a text (begin None: nothing stands before it). pad: what fills up. size: how many
+    ids there are.
+    """
+
+    @property
+    def begin(self) -> int | None: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def pad(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
+        """The ids of each text with its begin and end, unpadded; a text that is cut keeps its end."""
+        ...
+
+    def encode(self, texts: Sequence[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """ids and mask, (R, T), cut to `longest` tokens, padded to the longest of these texts."""
+        ...
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of a row of `encode`, special tokens and what it was filled up with left out."""
+        ...
+
+    def unknown_share(self, texts: Iterable[str]) -> float:
+        """Share of the texts' words, as split before they come apart, that are not known."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Writes files that `checkpoints.texts.open_words` reads."""
+        ...
+
+
 class Tokenizer:
     """Texts ↔ ids. `size` counts the added tokens too; `pad`, `cls`, `sep`, `unk` and `start` ([DEC]) are ids."""
 
@@ -33,6 +71,7 @@ class Tokenizer:
         _check_special(rust.get_vocab())
         rust.add_special_tokens([*SPECIAL, *added])
         self.pad, self.unk, self.cls, self.sep, self.mask = (self.id(token) for token in SPECIAL)
+        self.begin, self.end = self.cls, self.sep
         self.size = rust.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -91,38 +130,46 @@ class Tokenizer:
         """Writes tokenizer.json, which `load` reads."""
         self.rust.save(str(Path(folder) / "tokenizer.json"))
 
-    def encode(self, texts: list[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, texts: Sequence[str], longest: int | None = None) -> tuple[Tensor, Tensor]:
         """ids and mask, (R, T): [CLS] … [SEP], cut to `longest` tokens, padded to the longest of these texts."""
-        rows = self.rows(texts, longest)
-        width = max((len(row) for row in rows), default=0)
-        ids = np.full((len(rows), width), self.pad, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        return padded(self.rows(texts, longest), self.pad)
 
-    def rows(self, texts: list[str], longest: int | None = None) -> list[list[int]]:
+    def rows(self, texts: Sequence[str], longest: int | None = None) -> list[list[int]]:
         """The ids of each text, unpadded; a text that is cut keeps its [SEP]."""
         rows: list[list[int]] = [encoding.ids for encoding in self.rust.encode_batch(list(texts))]
         if longest is None:
             return rows
         return [row if len(row) <= longest else [*row[: longest - 1], self.sep] for row in rows]
 
-    def decode(self, ids: Tensor | list[int]) -> str:
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text up to the first [SEP], special tokens left out."""
         row = [int(i) for i in ids]
         return self.rust.decode(row[: row.index(self.sep)] if self.sep in row else row, skip_special_tokens=True)
 
     def unknown_share(self, texts: Iterable[str]) -> float:
         """Share of the texts' words (as split before WordPiece) that become [UNK]."""
-        encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
-        words = unknown = 0
-        for encoding in encodings:
-            pairs = zip(encoding.word_ids, encoding.ids, strict=True)
-            starts = {word: token for word, token in pairs if word is not None}
-            words += len(starts)
-            unknown += sum(token == self.unk for token in starts.values())
-        return unknown / max(words, 1)
+        return unknown_share(self.rust, self.unk, texts)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """ids and mask, (R, T), of rows as long as they are: T is the longest's length, and `pad` fills the others."""
+    width = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def unknown_share(rust: Rust, unknown: int, texts: Iterable[str]) -> float:
+    """Share of the texts' words, as `rust` splits them, that begin with the id `unknown`."""
+    words = found = 0
+    for encoding in rust.encode_batch(list(texts), add_special_tokens=False):
+        pairs = zip(encoding.word_ids, encoding.ids, strict=True)
+        starts = {word: token for word, token in pairs if word is not None}
+        words += len(starts)
+        found += sum(token == unknown for token in starts.values())
+    return found / max(words, 1)
 
 
 def _check_special(vocabulary: Mapping[str, int]) -> None:
