@@ -57,7 +57,7 @@ class Data(Section):
 
 
 class TowerShape(Section):
-    """Of an "eva" or "clip" tower. patch: the side of one in pixels; mlp: width inside a feed-forward."""
+    """Of an "eva", "clip" or "vit" tower. patch: the side of one in pixels; mlp: width inside a feed-forward."""
 
     width: int = Field(gt=0)
     layers: int = Field(gt=0)
@@ -68,9 +68,10 @@ class TowerShape(Section):
 
 class Encoder(Section):
     """name: "starter" (EfficientNet-Lite0 with ImageNet weights, from the package registry), "timm:NAME",
-    "hf:FOLDER", "eva" or "clip" (LAVIS's towers). weights: a file; size: side in pixels, when not the model's own.
-    shape: of an "eva" or "clip" tower, when not the published one. stage: of the starter or a timm convolution tower,
-    the map to take instead of the last, counted from 0 (the starter's 3: finer, and better at colours and shapes)."""
+    "hf:FOLDER", "eva" or "clip" (LAVIS's towers), "vit" (CLIP's, random, of `shape`). weights: a file; size: side in
+    pixels, when not the model's own. shape: of an "eva" or "clip" tower, when not the published one. stage: of the
+    starter or a timm convolution tower, the map to take instead of the last, counted from 0 (the starter's 3: finer,
+    and better at colours and shapes)."""
 
     name: str = "starter"
     weights: Place | None = None
@@ -194,13 +195,25 @@ class Settings(Section):
     train: Train = Field(default_factory=Train)
 
 
-class Stage1Settings(Settings):
+class PairSettings(Settings):
+    """Any program that learns from pictures and captions."""
+
+    data: Data = Field(default_factory=Data)
+    image_encoder: Encoder = Field(default_factory=Encoder)
+
+    @model_validator(mode="after")
+    def _can_keep(self) -> PairSettings:
+        if self.data.cache != "none" and not self.image_encoder.frozen:
+            wanted = f"data.cache={self.data.cache} needs image_encoder.frozen=true"
+            raise ValueError(f"{wanted}; set data.cache=none to train it")
+        return self
+
+
+class Stage1Settings(PairSettings):
     """BLIP-2's first stage."""
 
     program: Literal["stage1"] = "stage1"
     out: Place = "runs/stage1"
-    data: Data = Field(default_factory=Data)
-    image_encoder: Encoder = Field(default_factory=Encoder)
     qformer: QFormer = Field(default_factory=QFormer)
     objectives: Objectives = Field(default_factory=Objectives)
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -211,9 +224,6 @@ class Stage1Settings(Settings):
             raise ValueError("objectives: itc, itm and lm are all 0, so nothing would be learned")
         if self.train.keep_best and not self.objectives.itc:
             raise ValueError("train.keep_best=true measures recall by ITC, and objectives.itc is 0: give it a weight")
-        if self.data.cache != "none" and not self.image_encoder.frozen:
-            wanted = f"data.cache={self.data.cache} needs image_encoder.frozen=true"
-            raise ValueError(f"{wanted}; set data.cache=none to train it")
         return self
 
 
@@ -243,14 +253,14 @@ class Texts(Section):
 class TextModelChoice(Section):
     """start: "starter" (6-layer MiniLM, a BERT), a BERT, RoBERTa or GPT-2 folder or hub id, or "random" with what
     follows. tokenizer: a folder or hub id; the start's own when None, the starter's of "random". vocabulary: "data"
-    keeps the words of the documents alone, of a model that begins at random. kind: of blocks and head. mlp: None = 4 ×
-    width.
+    keeps the words of the documents alone, of a model that begins at random. kind: of blocks and head; "clip" is of an
+    encoder alone (causal, norms first). mlp: None = 4 × width.
     """
 
     start: Place = "starter"
     tokenizer: Place | None = None
     vocabulary: Literal["all", "data"] = "all"
-    kind: Literal["bert", "gpt2"] = "bert"
+    kind: Literal["bert", "gpt2", "clip"] = "bert"
     width: int = Field(256, gt=0)
     layers: int = Field(4, gt=0)
     heads: int = Field(4, gt=0)
@@ -261,9 +271,9 @@ class TextModelChoice(Section):
     @model_validator(mode="after")
     def _possible(self) -> TextModelChoice:
         if self.width % self.heads:
-            raise ValueError(f"model.width={self.width} is no multiple of model.heads={self.heads}")
+            raise ValueError(f"width={self.width} of a text model is no multiple of its heads={self.heads}")
         if self.vocabulary == "data" and self.start != "random":
-            raise ValueError("model.vocabulary=data is for a model that begins at random: give model.start=random")
+            raise ValueError("vocabulary=data is for a text model that begins at random: give start=random")
         return self
 
 
@@ -300,14 +310,97 @@ class TextSettings(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> TextSettings:
+        if self.model.kind == "clip":
+            raise ValueError("model.kind=clip is an encoder of the program clip and has no head: give bert or gpt2")
         if self.program == "prefix_lm" and self.data.pack:
             raise ValueError("data.pack=true fills a row with several documents, and prefix_lm wants one a row")
+        return self
+
+
+class TextEncoder(TextModelChoice):
+    """frozen: it is not trained."""
+
+    frozen: bool = False
+
+
+class Towers(Section):
+    """start: a whole model to go on from, of which both encoders come: OpenAI's file, a folder of Hugging Face's
+    (CLIPModel, SiglipModel, VisionTextDualEncoderModel), of OpenCLIP's, or a hub id; image_encoder and text_encoder
+    then only say what is frozen. embed: width of the space. image_pool, text_pool: what makes one vector of an
+    encoder's states; "auto": the class token, or where there is none the mean; of a text its end, or of one that is read both
+    ways the mean. temperature: at the start; bias: of a sigmoid's logits, at the start.
+    """
+
+    start: Place | None = None
+    embed: int = Field(256, gt=0)
+    image_pool: Literal["auto", "first", "mean", "attention"] = "auto"
+    text_pool: Literal["auto", "end", "first", "last", "mean"] = "auto"
+    temperature: float = Field(0.07, gt=0)
+    bias: float = -10.0
+
+
+class ClipObjectives(Section):
+    """loss: "softmax" (CLIP's) or "sigmoid" (SigLIP's, with a learned bias). smoothing: of a softmax's labels.
+    positives: which texts are a picture's own: that of its "pair" alone, as OpenAI and OpenCLIP have it, all of the
+    same "picture", or those of the same words too ("caption").
+
+    teacher: a run, or a checkpoint as model.start takes it, to learn from besides; distillation: weight of that;
+    temperature: of the teacher's softmax, its own when None. exchange: of a sigmoid's texts over processes; "ring" holds
+    those of two at a time. block: rows of logits held at a time, None: by memory.
+    """
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    positives: Literal["pair", "picture", "caption"] = "caption"
+    teacher: Place | None = None
+    distillation: float = Field(1.0, gt=0)
+    temperature: float | None = Field(None, gt=0)
+    exchange: Literal["gather", "ring"] = "gather"
+    block: int | None = Field(None, gt=0)
+
+
+class ClipEvaluation(Section):
+    """limit: pictures evaluated, None = all. views: of each picture, whose scores are averaged."""
+
+    limit: int | None = Field(None, gt=0)
+    views: int = Field(1, ge=1, le=6)
+
+
+class ClipData(Data):
+    """As stage 1's, but pictures are read at each step."""
+
+    cache: Literal["memory", "disk", "none"] = "none"
+
+
+class ClipEncoder(Encoder):
+    """As stage 1's, but trained."""
+
+    frozen: bool = False
+
+
+class ClipSettings(PairSettings):
+    """Two encoders and one space: CLIP, SigLIP, or any image encoder with any text encoder."""
+
+    program: Literal["clip"]
+    out: Place = "runs/clip"
+    data: ClipData = Field(default_factory=ClipData)  # ty: ignore[incompatible-mutable-override]
+    model: Towers = Field(default_factory=Towers)
+    image_encoder: ClipEncoder = Field(default_factory=ClipEncoder)  # ty: ignore[incompatible-mutable-override]
+    text_encoder: TextEncoder = Field(default_factory=TextEncoder)
+    objectives: ClipObjectives = Field(default_factory=ClipObjectives)
+    evaluation: ClipEvaluation = Field(default_factory=ClipEvaluation)
+
+    @model_validator(mode="after")
+    def _possible(self) -> ClipSettings:
+        if self.image_encoder.frozen and self.text_encoder.frozen and self.model.start:
+            raise ValueError("image_encoder.frozen and text_encoder.frozen are both true: nothing would be learned")
         return self
 
 
 Kind = TypeVar("Kind", bound=Settings)
 PROGRAMS: dict[str, type[Settings]] = {
     "stage1": Stage1Settings,
+    "clip": ClipSettings,
     "masked_lm": TextSettings,
     "causal_lm": TextSettings,
     "prefix_lm": TextSettings,

@@ -221,3 +221,14 @@ def capture(stack: Stack) -> Iterator[list[Tensor]]:
         stack.packs = packs
         for hook in hooks:
             hook.remove()
+
+
+def blocks_above(model: nn.Module) -> dict[str, int]:
+    """A model's weights → how many blocks of its `stack` lie above each; 0 where it has none."""
+    layers = len(model.stack.blocks) if isinstance(getattr(model, "stack", None), nn.Module) else 0
+
+    def above(name: str) -> int:
+        number = name.partition("stack.blocks.")[2].partition(".")[0]
+        return layers - 1 - int(number) if number else 0 if name.startswith("stack.") else layers
+
+    return {name: above(name) for name, _ in model.named_parameters()}

@@ -22,11 +22,7 @@ PIXELS = 4 * 224**2  # encoded at once on a CPU, whose caches the maps of more w
 
 
 class Encoded(NamedTuple):
-    """tokens (n, N, D) bfloat16 of the records at places `kept`; faults: of the others' pictures.
-
-    bfloat16 keeps float32's range in half the memory; its 8 bits of precision are what mixed-precision training would
-    see anyway.
-    """
+    """tokens (n, N, D) of the records at places `kept`; faults: of the others' pictures."""
 
     tokens: Tensor
     kept: list[int]
@@ -55,20 +51,24 @@ def encode(
     batch: int = BATCH,
     workers: int = 0,
     done: Callable[[int], None] = lambda pictures: None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Encoded]:
     """Image tokens of the pictures of the records at `places`, a batch at a time, in order. `done` hears how many have
     been looked at.
+
+    bfloat16 keeps float32's range in half the memory; its 8 bits of precision are what mixed-precision training would
+    see anyway.
     """
     device, looked, spec = next(encoder.parameters()).device, 0, encoder.spec
     with plain_errors():
         for found in DataLoader(_Some(files, places), batch_size=batch, num_workers=workers, collate_fn=list):
             faults = [fault for _, fault in found if isinstance(fault, Fault)]
             sound = [(place, pixels) for place, pixels in found if isinstance(pixels, Tensor)]
-            tokens = torch.empty(0, dtype=torch.bfloat16)
+            tokens = torch.empty(0, dtype=dtype)
             if sound:
                 pixels = torch.stack([pixels for _, pixels in sound])
                 parts = (normalised(some.to(device), spec) for some in _at_once(pixels, device))
-                tokens = torch.cat([encoder(part).tokens.bfloat16() for part in parts])
+                tokens = torch.cat([encoder(part).tokens.to(dtype) for part in parts])
             yield Encoded(tokens.cpu(), [place for place, _ in sound], faults)
             looked += len(found)
             done(looked)

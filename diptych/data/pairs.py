@@ -21,7 +21,7 @@ from diptych.data.records import Record, compact
 from diptych.data.steps import Batch, Steps
 from diptych.data.transforms import Transform
 from diptych.errors import UserError
-from diptych.text.tokenizer import Tokenizer
+from diptych.text.tokenizer import Words
 
 if TYPE_CHECKING:
     from diptych.data.cache import Table
@@ -115,7 +115,7 @@ class PairSteps(Steps):
         self,
         records: Sequence[Record],
         pictures: Pictures,
-        tokenizer: Tokenizer,
+        tokenizer: Words,
         batch: int,
         captions: str = "one",
         max_tokens: int = 32,

@@ -5,7 +5,7 @@ P pictures, R texts, Q query tokens, E embedding, N image tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,6 +25,22 @@ from diptych.objectives.language import by_caption, caption_loss
 from diptych.text.tokenizer import Tokenizer
 
 Picture = str | Path | Image.Image
+
+
+def by_length(
+    texts: Sequence[str], rows: Sequence[Sequence[int]], embed: Callable[[list[str]], Tensor], batch: int
+) -> Tensor:
+    """What `embed` gives of all texts, (R, …), in the order given; it gets `batch` of like length at a time. rows: the
+    texts' ids."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found = torch.empty(0)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        embedded = embed([texts[i] for i in chosen])
+        if not start:
+            found = embedded.new_empty((len(rows), *embedded.shape[1:]))
+        found[torch.tensor(chosen, device=found.device)] = embedded
+    return found
 
 
 class PictureText:
@@ -84,18 +100,13 @@ class PictureText:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """(R, E), unit length, float32. Texts of like length are run together; the result is in the order given."""
-        rows = self.tokenizer.rows(list(texts), self.max_tokens)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found = torch.empty(0)
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            ids, mask = self.ids([texts[i] for i in chosen])
+
+        def embed(some: list[str]) -> Tensor:
+            ids, mask = self.ids(some)
             with self._autocast():
-                embedded = self.model.embed_texts(ids, mask).float()
-            if not start:
-                found = embedded.new_empty((len(rows), embedded.shape[1]))
-            found[torch.tensor(chosen, device=found.device)] = embedded
-        return found
+                return self.model.embed_texts(ids, mask).float()
+
+        return by_length(texts, self.tokenizer.rows(list(texts), self.max_tokens), embed, batch)
 
     def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids and mask (R, T) on the model's device."""

@@ -114,6 +114,37 @@ def gather_padded(x: Tensor, fill: int = 0) -> Tensor:
     return gather(torch.nn.functional.pad(x, (0, int(longest) - x.shape[1]), value=fill), differentiable=False)
 
 
+def ring(seen: Sequence[Tensor], tow: Sequence[Tensor] = ()) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """What each process holds of b rows, in turn: our own first, then that of the process before us, and so on round
+    (SigLIP: Zhai et al. 2023, §3.3). No process holds more than two's at a time; b may differ.
+
+    tow: goes along with `seen`, with whatever was written into it on the way, and is the caller's own again at the end.
+    """
+    rank, size = world()
+    rows = counts(len(seen[0]), seen[0].device)
+    held, towed = seen, tow
+    for place in range(size):
+        yield held, towed
+        own = (rank - place - 1) % size  # whose comes next
+        if own != rank:
+            held = [_handed_on(x, rows[own]) for x in held]
+        towed = [_handed_on(x, rows[own]) for x in towed] if size > 1 else towed
+    if size > 1:
+        for mine, home in zip(tow, towed, strict=True):
+            mine.copy_(home)
+
+
+def _handed_on(x: Tensor, rows: int) -> Tensor:
+    """What the process before us holds, of so many rows, as `x` goes to the one after us."""
+    rank, size = world()
+    other = x.new_empty((rows, *x.shape[1:]))
+    send = dist.P2POp(dist.isend, x.contiguous(), (rank + 1) % size)
+    take = dist.P2POp(dist.irecv, other, (rank - 1) % size)
+    for done in dist.batch_isend_irecv([send, take]):
+        done.wait()
+    return other
+
+
 def mean(total: Tensor, count: Tensor | int, over: str = "global") -> Tensor:
     """`total` / `count`, so that averaging gradients over processes gives the gradient of the mean over all rows.
 

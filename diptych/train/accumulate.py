@@ -2,7 +2,9 @@
 
 Chunks give the same gradients, though losses compare rows of different chunks (GradCache: Gao et al. 2021, "Scaling
 deep contrastive learning batch size under memory limited setup"): all chunks are encoded without a graph first; then
-each is encoded again with one, and its losses are computed while what was kept of the others stands still.
+each is encoded again with one, and its losses are computed while what was kept of the others stands still. What the
+losses of all chunks have in common is found once, in between: where there is contrast alone, the gradients of all
+embeddings.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ def backward(
         drawn.append(generators())
         with torch.no_grad(), cast():
             kept.append(program.keep(program.encode(part)))
+    with torch.no_grad(), cast():
+        joint = program.joint(batch, kept)
     every = []
     for number, part in enumerate(parts):
         set_generators(drawn[number])
         with unsynced(call, number < chunks - 1):
-            every.append(_backward(call, scaler, cast, part, Rest(batch, kept, number)))
+            every.append(_backward(call, scaler, cast, part, Rest(batch, kept, joint, number)))
     return {name: torch.stack([losses[name] for losses in every]).sum(0) for name in every[0]}
 
 

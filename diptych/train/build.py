@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.starts import bert_shape, start_from_bert, started
-from diptych.config import Data, Stage1Settings
+from diptych.config import Stage1Settings
 from diptych.core.config import StackConfig
-from diptych.data import readers
-from diptych.data.readers.faults import Fault
-from diptych.data.records import Record, hold_out
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
@@ -29,45 +26,6 @@ Say = Callable[[str], None]
 class Built:
     program: Stage1
     tokenizer: Tokenizer
-
-
-def splits(
-    settings: Stage1Settings, say: Say = lambda line: None, faults: list[Fault] | None = None
-) -> dict[str, list[Record]]:
-    """Records to train on, to choose by ("val") and to report ("test"), as the recipe's data section names them.
-
-    A data set that names no splits is trained on whole, and one without the val split has pictures held out for it:
-    `data.hold_out`, or a tenth of the pictures where that would be more. faults: hears of the rows that are left out
-    where `data.on_bad` is "skip".
-    """
-    data, path = settings.data, settings.data.path
-    if path is None:
-        raise UserError("data.path is not set: give your captions file or folder, as data.path=PATH")
-    known = readers.splits(path)
-    skipped = (faults if faults is not None else []) if data.on_bad == "skip" else None
-
-    def part(name: str | None) -> list[Record]:
-        return readers.read(path, images=data.images, split=name if known else None, limit=data.limit, faults=skipped)
-
-    found = {"train": part(data.train)}
-    for role, name, usual in (("val", data.val, "val"), ("test", data.test, "test")):
-        if name in known or (known and name not in (None, usual)):
-            found[role] = part(name)
-    if "val" not in found and data.hold_out:
-        count = min(data.hold_out, len(found["train"]) // 10)
-        if count:
-            found["train"], found["val"] = hold_out(found["train"], count, seed=0)
-        say(f"{count} of the training pictures are held out for validation")
-    for number, other in enumerate(data.also, start=1):
-        found["train"] += _other(data, other, number, skipped)
-    return found
-
-
-def _other(data: Data, path: str, number: int, skipped: list[Fault] | None) -> list[Record]:
-    """The training split of a mixture's data set, or all of it where it names none. Its image ids are its own."""
-    split = data.train if readers.splits(path) else None
-    records = readers.read(path, split=split, limit=data.limit, faults=skipped)
-    return [replace(record, image_id=f"{path}: {record.image_id}", source=number) for record in records]
 
 
 def tokenizer(settings: Stage1Settings) -> Tokenizer:

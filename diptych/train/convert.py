@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints import hf, hf_blip2, io, lavis
+from diptych.checkpoints import clips, hf, hf_blip2, io, lavis
 from diptych.checkpoints.texts import FAMILIES
-from diptych.config import Encoder, QFormer, Stage1Settings, TextSettings, TowerShape
+from diptych.config import ClipSettings, Encoder, QFormer, Stage1Settings, TextSettings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
-from diptych.train import convert_text
+from diptych.train import convert_clip, convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
 from diptych.train.run import reopen, write_untrained
 
 Writer = Callable[[Any, Path], list[str]]
-FORMATS = ("lavis", "hf", "diptych")
+FORMATS = ("lavis", "hf", "openai", "openclip", "diptych")
+DUAL = ("clip", "siglip", "vision-text-dual-encoder")  # by the model_type of a config.json
 TOWER_FILE = "image_encoder.safetensors"
 LAVIS_WORDS = 30523  # bert-base-uncased's and [DEC]
 TENSOR_FILES = (".pth", ".pt", ".safetensors")
@@ -80,13 +81,23 @@ def convert(source: str | Path, out: str | Path, to: str, choices: Choices | Non
     for line in opened.notes:
         say(line)
     opened.settings.out = str(out)
-    writers: dict[str, Writer] = {"lavis": write_lavis, "hf": write_hf, "diptych": write_run}
-    write: Writer = convert_text.writer(to) if isinstance(opened, convert_text.OpenedText) else writers[to]
+    write = _writer(opened, to)
     with _aside(out) as aside:
         notes = write(opened, aside)
     for line in notes:
         say(line)
     return out
+
+
+def _writer(opened: Any, to: str) -> Writer:
+    if isinstance(opened, convert_text.OpenedText):
+        return convert_text.writer(to)
+    if isinstance(opened, convert_clip.OpenedClip):
+        return convert_clip.writer(to)
+    writers: dict[str, Writer] = {"lavis": write_lavis, "hf": write_hf, "diptych": write_run}
+    if to not in writers:
+        raise UserError(f"--to {to} is for dual encoders, and this is a model of BLIP-2's: give {', '.join(writers)}")
+    return writers[to]
 
 
 @contextmanager
@@ -113,7 +124,7 @@ def _aside(out: Path) -> Iterator[Path]:
         raise
 
 
-def open_source(source: str | Path, to: str, choices: Choices) -> Opened | convert_text.OpenedText:
+def open_source(source: str | Path, to: str, choices: Choices) -> Any:
     """Whatever `source` is, as a run has it."""
     path = Path(source)
     if (path / "settings.yaml").is_file():
@@ -122,23 +133,31 @@ def open_source(source: str | Path, to: str, choices: Choices) -> Opened | conve
         if choices != Choices():
             raise UserError(f"{path} is a diptych run, whose settings say all: leave out the options about the source")
         settings, built, _ = reopen(path)
-        return (convert_text.OpenedText if isinstance(settings, TextSettings) else Opened)(settings, built)
+        kinds = {TextSettings: convert_text.OpenedText, ClipSettings: convert_clip.OpenedClip}
+        return kinds.get(type(settings), Opened)(settings, built)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if (path / "config.json").is_file():
         if choices.heads or choices.image_heads or choices.image_encoder:
             raise UserError(f"{path}: its config.json says all of its shape: leave out the options about it")
-        if hf.config_of(path).model_type in FAMILIES:
+        family = hf.config_of(path).model_type
+        if family in DUAL:
+            return convert_clip.from_checkpoint(path, choices.tokenizer)
+        if family in FAMILIES:
             return convert_text.from_hugging_face(path, choices.tokenizer)
         return from_hugging_face(path, choices)
+    if (path / clips.OPEN_CLIP).is_file():
+        return convert_clip.from_checkpoint(path, choices.tokenizer)
     if path.is_dir():
         raise UserError(f"{path}: neither a run (settings.yaml) nor a Hugging Face folder (config.json)")
-    return from_lavis(path, choices)
+    theirs = io.read(path)
+    if "visual.conv1.weight" in theirs or "visual.layer1.0.conv1.weight" in theirs:
+        return convert_clip.from_checkpoint(path, choices.tokenizer)
+    return from_lavis(path, theirs, choices)
 
 
-def from_lavis(file: Path, choices: Choices) -> Opened:
-    """A stage-1 file of LAVIS (`Blip2Qformer`), with the figures that its tensors' shapes tell."""
-    theirs = io.read(file)
+def from_lavis(file: Path, theirs: dict[str, Tensor], choices: Choices) -> Opened:
+    """A stage-1 file of LAVIS (`Blip2Qformer`), with the figures that the shapes of its tensors, `theirs`, tell."""
     tower = _under(theirs, "visual_encoder.")
     if tower and choices.image_encoder:
         raise UserError(f"{file} holds its image encoder: leave out --image-encoder")

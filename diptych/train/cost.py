@@ -24,7 +24,7 @@ from diptych.data.pairs import PairBatch
 from diptych.data.records import Record
 from diptych.models.vision import ImageTokens
 from diptych.objectives import gather
-from diptych.text.tokenizer import Tokenizer
+from diptych.text.tokenizer import Words
 from diptych.train import eightbit
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
@@ -184,7 +184,7 @@ def features_bytes(pictures: int, tokens: int, width: int) -> int:
     return pictures * tokens * width * 2
 
 
-def caption_tokens(tokenizer: Tokenizer, records: list[Record] | None, longest: int) -> int:
+def caption_tokens(tokenizer: Words, records: list[Record] | None, longest: int) -> int:
     """The mean length of the first captions, cut at `longest`, for nothing is computed for padding; without records,
     `longest`."""
     texts = [text for record in (records or [])[:READ] for text in record.captions]

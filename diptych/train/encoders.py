@@ -9,16 +9,20 @@ from torch import nn
 
 from diptych import checkpoints, config
 from diptych.checkpoints import hf, io, lavis, starter
+from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.errors import UserError
-from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionTransformer
+from diptych.models.clip import initialise
+from diptych.models.specs import spec_of_hugging_face
+from diptych.models.vision import HFEncoder, TimmEncoder, VisionConfig, VisionTransformer
 
 # As BLIP-2 uses them
 SHAPES = {
     "eva": config.TowerShape(width=1408, layers=39, heads=16, patch=14, mlp=6144),
     "clip": config.TowerShape(width=1024, layers=23, heads=16, patch=14, mlp=4096),
 }
-NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip"
+VIT = config.TowerShape(width=768, layers=12, heads=12, patch=16, mlp=3072)
+NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip, vit"
 
 
 def image_encoder(chosen: config.Encoder) -> nn.Module:
@@ -33,6 +37,8 @@ def image_encoder(chosen: config.Encoder) -> nn.Module:
         encoder = _hugging_face(name, chosen)
     elif kind in ("eva", "clip"):
         encoder = _tower(kind, chosen)
+    elif kind == "vit":
+        encoder = _vit(chosen)
     else:
         raise UserError(f"image_encoder.name: '{chosen.name}' is none of {NAMES}")
     return freeze(encoder) if chosen.frozen else encoder
@@ -40,7 +46,7 @@ def image_encoder(chosen: config.Encoder) -> nn.Module:
 
 def check_weights(chosen: config.Encoder) -> None:
     """`UserError` where a frozen encoder would keep the random numbers that it was made with."""
-    if chosen.frozen and not chosen.weights and chosen.name.startswith(("timm:", "eva", "clip")):
+    if chosen.frozen and not chosen.weights and chosen.name.startswith(("timm:", "eva", "clip", "vit")):
         raise UserError(
             f"image_encoder.name={chosen.name} comes without weights, and frozen it would learn none: "
             "give image_encoder.weights=FILE, or image_encoder.frozen=false data.cache=none"
@@ -49,7 +55,7 @@ def check_weights(chosen: config.Encoder) -> None:
 
 def _refuse_unheard(chosen: config.Encoder, kind: str) -> None:
     """What this kind of encoder would not listen to."""
-    takes = {"stage": ("starter", "timm"), "weights": ("timm", "eva", "clip"), "shape": ("eva", "clip")}
+    takes = {"stage": ("starter", "timm"), "weights": ("timm", "eva", "clip"), "shape": ("eva", "clip", "vit")}
     for setting, kinds in takes.items():
         if getattr(chosen, setting) is not None and kind not in kinds:
             raise UserError(f"image_encoder.{setting}: {chosen.name} has none to give; leave it out")
@@ -95,16 +101,14 @@ def _hugging_face(name: str, chosen: config.Encoder) -> HFEncoder:
     size = chosen.size or getattr(model.config, "image_size", None)
     if size is None:
         raise UserError(f"{name}: its config.json names no image_size; give image_encoder.size")
-    return HFEncoder(model, ImageSpec(size, tuple(figures.image_mean), tuple(figures.image_std)))
+    spec = spec_of_hugging_face(figures.to_dict())
+    return HFEncoder(model, spec if spec.size == size else replace(spec, size=size))
 
 
 def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
     """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px, or one
     of another shape."""
-    shape, size = chosen.shape or SHAPES[kind], chosen.size or 224
-    if shape.width % shape.heads or size % shape.patch:
-        what = f"width {shape.width} and {shape.heads} heads, size {size} and patch {shape.patch}"
-        raise UserError(f"image_encoder: {what}: give a width that heads divide, and a size that patches do")
+    shape, size = _shape(chosen, SHAPES[kind])
     make = lavis.eva_config if kind == "eva" else lavis.clip_config
     settings = make(shape.width, shape.layers, shape.heads, shape.patch, size)
     settings = replace(settings, stack=replace(settings.stack, mlp=shape.mlp))
@@ -112,3 +116,21 @@ def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
     if chosen.weights:
         checkpoints.load(encoder, chosen.weights, lavis.original(settings))
     return encoder
+
+
+def _vit(chosen: config.Encoder) -> VisionTransformer:
+    """CLIP's own, with random weights: ViT-B/16 at 224 px where no shape is given."""
+    shape, size = _shape(chosen, VIT)
+    stack = StackConfig(shape.width, shape.layers, shape.heads, shape.mlp)
+    encoder = VisionTransformer(VisionConfig(stack, size, shape.patch, norm_patches=True, patch_bias=False))
+    initialise(encoder)
+    return encoder
+
+
+def _shape(chosen: config.Encoder, usual: config.TowerShape) -> tuple[config.TowerShape, int]:
+    """A tower's figures and its side in pixels; UserError where they don't fit together."""
+    shape, size = chosen.shape or usual, chosen.size or 224
+    if shape.width % shape.heads or size % shape.patch:
+        what = f"width {shape.width} and {shape.heads} heads, size {size} and patch {shape.patch}"
+        raise UserError(f"image_encoder: {what}: give a width that heads divide, and a size that patches do")
+    return shape, size

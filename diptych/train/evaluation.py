@@ -8,14 +8,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diptych.aside import aside
-from diptych.config import Evaluation
-from diptych.core.fingerprint import fingerprint
 from diptych.data import readers
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
@@ -35,13 +33,27 @@ from diptych.evaluate.report import (
 from diptych.evaluate.retrieval import ranks
 from diptych.generate import Search
 from diptych.objectives import gather
-from diptych.train import features, processes, skipped
-from diptych.train.build import splits
+from diptych.train import processes, skipped
+from diptych.train.paired import splits
 from diptych.train.run import load, settings_of
-from diptych.train.stage1 import Run
 from diptych.train.watch import Silent, Watch
 
 SHOWN = 12  # pictures of a report's gallery
+
+
+class Run(Protocol):
+    """A trained run of pictures and captions, opened. learned: which of "itc", "itm" and "lm"."""
+
+    folder: Path
+    settings: Any
+    model: Any
+
+    @property
+    def learned(self) -> list[str]: ...
+
+    def gallery(self, records: Sequence[Record], views: int, watch: Watch, faults: list[Fault]) -> Gallery: ...
+
+    def fingerprints(self) -> dict[str, str]: ...
 
 
 @dataclass
@@ -71,16 +83,23 @@ def evaluate(
     re-ranks; views: of each picture; java_metrics: "meteor", "spice", of captions. The recipe's where not given.
     """
     settings = settings_of(Path(folder))
-    asked = {"rerank": rerank, "views": views, "java_metrics": [*java_metrics] or None}
-    chosen = settings.evaluation.model_copy(update={name: it for name, it in asked.items() if it is not None})
-    java.check(chosen.java_metrics)
+    chosen = _chosen(settings, {"rerank": rerank, "views": views, "java_metrics": [*java_metrics] or None}, folder)
     with processes.joined(settings.train.timeout):
         return _evaluate(load(folder), split, chosen, report, say)
 
 
-def _evaluate(
-    run: Run, split: str | None, chosen: Evaluation, report: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _chosen(settings: Any, asked: dict[str, Any], folder: str | Path) -> Any:
+    """The recipe's evaluation section with what is asked for besides. UserError for what the model has not."""
+    given = {name: it for name, it in asked.items() if it is not None}
+    for name in given:
+        if name not in type(settings.evaluation).model_fields:
+            raise UserError(f"--{name.replace('_', '-')}: {folder} is a {settings.program}, which has no use for it")
+    chosen = settings.evaluation.model_copy(update=given)
+    java.check(getattr(chosen, "java_metrics", ()))
+    return chosen
+
+
+def _evaluate(run: Run, split: str | None, chosen: Any, report: bool, say: Callable[[str], None]) -> dict[str, Any]:
     first = processes.is_first()
     watch = Watch(run.folder, say=say) if first else Silent(run.folder)
     faults: list[Fault] = []
@@ -118,29 +137,26 @@ def _evaluate(
 def figures(
     run: Run,
     records: Sequence[Record],
-    chosen: Evaluation,
+    chosen: Any,
     watch: Watch,
     faults: list[Fault],
 ) -> Evaluated:
-    """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells. `faults` hears of pictures
-    that can't be used."""
-    folder, encoder = run.settings.data.path, run.model.image_encoder
-    records = records[: chosen.limit]
-    what = "held-out pictures"
-    records, tokens = features.encoded(run.settings, encoder, records, watch, what, faults, chosen.views)
-    gallery = Gallery.of(records, tokens, chosen.views)
+    """Retrieval by ITC and re-ranked, captions, and, on scenes, what their truth tells, of what the run has learned.
+    chosen: its settings' evaluation section. `faults` hears of pictures that can't be used."""
+    folder, learned = run.settings.data.path, run.learned
+    gallery = run.gallery(records[: chosen.limit], chosen.views, watch, faults)
     scores = galleries.similarities(run.model, gallery)
     found = Evaluated(gallery, scores, [galleries.by_itc(scores, gallery)])
-    top = min(chosen.rerank, len(gallery.texts))
-    if top and run.settings.objectives.itm:
+    if "itm" in learned and chosen.rerank:
+        top = min(chosen.rerank, len(gallery.texts))
         watch.say(f"re-ranking each query's top {top}")
         again = galleries.reranked(run.model, gallery, scores, top, chosen.combine, chosen.itm_weight)
         found.results.append(again[0])
-    if chosen.captions and run.settings.objectives.lm:
-        count = min(chosen.captions, len(records))
+    if "lm" in learned and chosen.captions:
+        count = min(chosen.captions, len(gallery.records))
         search = Search(beams=chosen.beams, max_length=chosen.max_length, min_length=chosen.min_length)
         found.said = galleries.captions(run.model, gallery, count, search)
-        references = [record.captions for record in records[:count]]
+        references = [record.captions for record in gallery.records[:count]]
         rows = gather.shared([found.said], lambda said: captioning.score_rows(said, references, chosen.java_metrics))
         found.tables["Captions beside their references"] = rows[0]
     if scenes.is_scenes(folder):
@@ -157,18 +173,19 @@ def _scene_figures(run: Run, found: Evaluated, folder: str) -> None:
     if found.said:
         rows = scenes.caption_rows(found.said, truth[: len(found.said)])
         found.tables[f"What {len(found.said)} generated captions claim"] = rows
-    learned = [name for name in scenes.SCORES if getattr(run.settings.objectives, name.lower())]
+    learned = [name for name in scenes.SCORES if name.lower() in run.learned]
     rows = scenes.negative_rows(run.model, found.gallery, folder, learned)
     if rows:
         found.tables["True caption above one that is false by a word"] = rows
 
 
-def _unseen(run: Run, found: Evaluated, chosen: Evaluation, watch: Watch) -> None:
+def _unseen(run: Run, found: Evaluated, chosen: Any, watch: Watch) -> None:
     """Adds a table that sets pictures with colour–shape pairs never trained on beside the others."""
     folder = str(run.settings.data.path)
     if "test_unseen" not in readers.splits(folder):
         return
-    plain = chosen.model_copy(update={"rerank": 0, "java_metrics": []})  # neither is in the table
+    dear = {"rerank": 0, "java_metrics": []}  # neither is in the table
+    plain = chosen.model_copy(update={name: none for name, none in dear.items() if hasattr(chosen, name)})
     other = figures(run, readers.read(folder, split="test_unseen"), plain, watch, [])
     rows = []
     for name, part in (("seen", found), ("unseen", other)):
@@ -214,8 +231,8 @@ def report_data(run: Run, found: Evaluated, split: str, left_out: Sequence[Fault
         breakdowns=found.tables | _left_out(left_out),
         examples=examples(found),
         settings=run.settings.model_dump(mode="json"),
-        fingerprints={"model": fingerprint(run.model.model), "image encoder": fingerprint(run.model.image_encoder)},
-        next_commands=next_commands(run.folder, found.gallery.records[0].image),
+        fingerprints=run.fingerprints(),
+        next_commands=next_commands(run, found.gallery.records[0].image),
         notes=[f"Figures are of the split '{split}'{unseen}."],
     )
 
@@ -243,11 +260,12 @@ def examples(found: Evaluated) -> list[Example]:
     return shown
 
 
-def next_commands(folder: Path, picture: str) -> list[tuple[str, str]]:
+def next_commands(run: Run, picture: str) -> list[tuple[str, str]]:
     """What a person can type next."""
-    named = f"{shlex.quote(str(folder))} {shlex.quote(picture)}"
+    named = f"{shlex.quote(str(run.folder))} {shlex.quote(picture)}"
+    says = [(f"diptych caption {named}", "say what is on a picture")] if "lm" in run.learned else []
     return [
-        (f"diptych caption {named}", "say what is on a picture"),
+        *says,
         (f'diptych match {named} "a red circle" "a dog"', "how well texts fit a picture"),
         ("diptych train photos data.path=captions.json out=runs/mine", "train on your own pictures and captions"),
     ]

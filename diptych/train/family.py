@@ -1,4 +1,4 @@
-"""What a run asks of a family of programs: BLIP-2's stages, text models and those to come.
+"""What a run asks of a family of programs: dual encoders, BLIP-2's stages, text models and those to come.
 
 A family is a module with the functions of `Family`; `of` finds it by a run's settings. The loop, checkpoints and all
 that watches a run know none.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from diptych.config import Settings, TextSettings
+from diptych.config import ClipSettings, Settings, TextSettings
 from diptych.data.readers.faults import Fault
 from diptych.data.steps import Steps
 from diptych.train.moves import Moves
@@ -19,8 +19,8 @@ from diptych.train.program import Program
 from diptych.train.watch import Watch
 
 
-class Words(Protocol):
-    """A tokenizer, which a run keeps beside its weights."""
+class Kept(Protocol):
+    """What a run keeps beside its weights: its tokenizer, and what else the model is built from."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -46,7 +46,7 @@ class Made:
     """
 
     program: Program
-    words: Words
+    words: Kept
     batches: Steps
     data: dict[str, Any]
     work: Callable[[], float]
@@ -79,6 +79,10 @@ def of(settings: Settings) -> Family:
         from diptych.train import texts
 
         return texts
+    if isinstance(settings, ClipSettings):
+        from diptych.train import clip
+
+        return clip
     from diptych.train import stage1
 
     return stage1

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.config import Encoder, Stage1Settings
+from diptych.config import ClipSettings, Encoder, PairSettings
 from diptych.core.fingerprint import fingerprint
 from diptych.data import cache, features
 from diptych.data.cache import FeatureCache, Table
@@ -31,7 +31,7 @@ MAKERS = ("torch", "torchvision", "timm", "transformers", "pillow")
 
 
 def pictures(
-    settings: Stage1Settings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
+    settings: PairSettings, encoder: nn.Module, records: Sequence[Record], watch: Watch, faults: list[Fault]
 ) -> tuple[Sequence[Record], Pictures]:
     """Features made beforehand, or files read at each step, as `data.cache` says; and the records that they are of."""
     data = settings.data
@@ -43,7 +43,7 @@ def pictures(
 
 
 def encoded(
-    settings: Stage1Settings,
+    settings: PairSettings,
     encoder: nn.Module,
     records: Sequence[Record],
     watch: Watch,
@@ -58,31 +58,60 @@ def encoded(
     return kept, tokens if isinstance(tokens, Tensor) else tokens[torch.arange(len(tokens))]
 
 
+def embedded(
+    settings: ClipSettings,
+    tower: nn.Module,
+    records: Sequence[Record],
+    watch: Watch,
+    what: str,
+    faults: list[Fault],
+    each: int = 1,
+) -> tuple[list[Record], Tensor]:
+    """As `encoded`, of a whole tower (`evaluate.towers.AsEncoder`): (n · each, 1, E) float32, of which nothing is kept
+    on disk, for its weights change."""
+    files = Files(records, views(tower.spec, each), settings.data.on_bad == "skip")
+    tokens, kept, found = _in_memory(settings, tower, files, watch, what, torch.float32)
+    return _of_use(files, kept, found, what, faults), tokens
+
+
 def _encoded(
-    settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str, faults: list[Fault]
+    settings: PairSettings, encoder: nn.Module, files: Files, watch: Watch, what: str, faults: list[Fault]
 ) -> tuple[list[Record], Tensor | Table]:
     if settings.data.cache == "disk":
         kept, found, tokens = _on_disk(settings, encoder, files, watch, what)
     else:
         tokens, kept, found = _in_memory(settings, encoder, files, watch, what)
+    return _of_use(files, kept, found, what, faults), tokens
+
+
+def _of_use(files: Files, kept: Sequence[int], found: Sequence[Fault], what: str, faults: list[Fault]) -> list[Record]:
+    """The records whose pictures are `kept`; `faults` hears of what was `found` in the others. UserError where none is.
+    """
     faults += dict.fromkeys(found)
     if not kept:
         raise UserError(f"none of {len(files.records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")
-    return _whole(files, kept), tokens
+    return _whole(files, kept)
 
 
-def _in_memory(settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str) -> Encoded:
+def _in_memory(
+    settings: PairSettings,
+    encoder: nn.Module,
+    files: Files,
+    watch: Watch,
+    what: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Encoded:
     """All of them. Several processes share the work by whole batches, so that these are the same for any number."""
     own = processes.part(-(-len(files) // BATCH))
     places = range(len(files))[own.start * BATCH : own.stop * BATCH]
     with watch.progress(f"encoding {_all(what, files)}", len(places)) as done:
-        parts = features.encode(encoder, files, places, workers=settings.data.workers, done=done)
+        parts = features.encode(encoder, files, places, workers=settings.data.workers, done=done, dtype=dtype)
         mine = features.in_memory(parts, len(places))
     return features.joined(gather.everyone(mine))
 
 
 def _on_disk(
-    settings: Stage1Settings, encoder: nn.Module, files: Files, watch: Watch, what: str
+    settings: PairSettings, encoder: nn.Module, files: Files, watch: Watch, what: str
 ) -> tuple[list[int], list[Fault], Table]:
     """The places in `files` that are of use, the faults of the others, and the tokens. Encodes what the cache has
     not yet; says how much that is beforehand, and refuses where the disk has no room for it."""

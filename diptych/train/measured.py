@@ -86,19 +86,22 @@ def one_word_each(rows: Sequence[tuple[int, Row]]) -> list[tuple[int, Row]]:
 @torch.no_grad()
 def measure(program: TextProgram, rows: Sequence[tuple[int, Row]], pad: int, batch: int) -> Figures:
     """In float32, whatever the run was trained in, and the same for any `batch`: what is hidden, or how long a prefix
-    is, is drawn by a row's place among all. The program is in eval mode."""
-    nats, tokens, right = [], [], []
-    for first in range(0, len(rows), batch):
+    is, is drawn by a row's place among all. Several processes share the batches, to the same bits. The program is in
+    eval mode."""
+
+    def work(first: int) -> np.ndarray:
+        """(3, b): nats, tokens and how many are right, of the rows from `first` on."""
         given = batch_of([row for _, row in rows[first : first + batch]], pad)
         given.first_row = first
         found = program.encode(given.to(next(program.parameters()).device))
         logits = program.model.language_head(found.hidden[found.counts])
         losses = language.caption_loss(logits.double(), found.labels)
-        nats.append(language.by_caption(losses, found.counts))
-        right.append(language.by_caption((logits.argmax(-1) == found.labels).double(), found.counts))
-        tokens.append(found.counts.sum(1))
-    joined = (torch.cat(part).cpu().numpy() for part in (nats, tokens, right))
-    return Figures(*joined, np.array([number for number, _ in rows]))
+        right = (logits.argmax(-1) == found.labels).double()
+        nats, right = (language.by_caption(each, found.counts) for each in (losses, right))
+        return torch.stack([nats, found.counts.sum(1), right]).cpu().numpy()
+
+    nats, tokens, right = np.concatenate(gather.shared(range(0, len(rows), batch), work), 1)
+    return Figures(nats, tokens.astype(np.int64), right, np.array([number for number, _ in rows]))
 
 
 def measured(program: TextProgram, rows: Sequence[tuple[int, Row]], pad: int, chosen: TextEvaluation) -> Figures:

@@ -16,10 +16,11 @@ from diptych.data.steps import Batch
 @dataclass
 class Rest:
     """A chunk's place in its batch. batch: all rows of this process; kept: what `Program.keep` kept of each chunk;
-    number: which of them is being computed."""
+    joint: what `Program.joint` found of all; number: which of them is being computed."""
 
     batch: Any
     kept: list[Any]
+    joint: Any
     number: int
 
 
@@ -30,7 +31,7 @@ class Program(nn.Module):
     `after_step` run once an optimizer step, not once a forward.
     """
 
-    entrances = ("encode", "loss")
+    entrances = ("encode", "joint", "loss")
     batches: type = Batch  # what a step is given
     trains_all = True  # whether every step gives each trained weight a gradient
 
@@ -43,12 +44,20 @@ class Program(nn.Module):
         """The stack whose last blocks may recompute their inside, for memory (`train.checkpoint_last`)."""
         raise NotImplementedError
 
+    @property
+    def stacks(self) -> list[Stack]:
+        """All stacks of which that is true."""
+        return [self.stack]
+
     def encode(self, batch: Any) -> Any:
         raise NotImplementedError
 
     def keep(self, embeddings: Any) -> Any:
         """What the losses of other chunks need of this one's embeddings."""
         raise NotImplementedError
+
+    def joint(self, batch: Any, kept: list[Any]) -> Any:
+        """What the losses of all chunks have in common, found once, when all are encoded and without a graph."""
 
     def loss(self, embeddings: Any, batch: Any, rest: Rest | None = None) -> dict[str, Tensor]:
         """Each objective's scalar by name, and their weighted sum under "loss". With `rest` the batch is one chunk, and

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diptych.config import Settings, Stage1Settings
+from diptych.config import PairSettings, Settings, Stage1Settings
 from diptych.core.surgery import is_frozen
 from diptych.errors import UserError
 from diptych.objectives import gather
@@ -30,12 +30,8 @@ def check(settings: Settings) -> None:
 def check_stage1(settings: Stage1Settings) -> None:
     """`UserError` for what pictures and captions ask for besides."""
     check_weights(settings.image_encoder)
+    check_features(settings)
     (_, size), train = gather.world(), settings.train
-    if size > 1 and settings.data.cache == "memory":
-        raise UserError(
-            f"data.cache=memory would make and hold all features in each of {size} processes: "
-            "give data.cache=disk, which they share, or data.cache=none"
-        )
     if size > 1 and train.accumulate > 1 and settings.objectives.itm and not settings.image_encoder.frozen:
         raise UserError(
             "train.accumulate: in several processes ITM looks at pictures of chunks that are computed later, whose "
@@ -43,7 +39,17 @@ def check_stage1(settings: Stage1Settings) -> None:
         )
 
 
-def check_encoder(settings: Stage1Settings, encoder: nn.Module | None) -> None:
+def check_features(settings: PairSettings) -> None:
+    """`UserError` where each of several processes would hold all features."""
+    _, size = gather.world()
+    if size > 1 and settings.data.cache == "memory":
+        raise UserError(
+            f"data.cache=memory would make and hold all features in each of {size} processes: "
+            "give data.cache=disk, which they share, or data.cache=none"
+        )
+
+
+def check_batch_norms(settings: PairSettings, encoder: nn.Module | None) -> None:
     """`UserError` where batch norms of a trained encoder would see parts of a batch."""
     _, size = gather.world()
     if encoder is None or is_frozen(encoder) or (size == 1 and settings.train.accumulate == 1):

@@ -93,7 +93,8 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
     # counted before blocks are told to recompute, for memory's sake, what is no work of the model's
     most = peak(loop.precision(settings.train.precision, device()), device())
     meter, health = Meter(made.work(), most), Health(watch.say)
-    program.stack.checkpoint_last = settings.train.checkpoint_last
+    for stack in program.stacks:
+        stack.checkpoint_last = settings.train.checkpoint_last
     if settings.train.compile:
         compiled.compile_blocks(program)
     rank, _ = gather.world()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from diptych.config import Stage1Settings
-from diptych.data.pairs import PairSteps
+from diptych.core.fingerprint import fingerprint
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
-from diptych.errors import UserError
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
-from diptych.train import cost, loop, processes, refusals
-from diptych.train.build import Built, build, splits
+from diptych.train import cost, loop, paired, refusals
+from diptych.train.build import Built, build
 from diptych.train.family import Made
-from diptych.train.features import encoded, pictures
+from diptych.train.features import encoded
 from diptych.train.loop import device
 from diptych.train.validation import Recalls
 from diptych.train.watch import Watch
 
-UNKNOWN_ALARM = 0.05  # share of words that a tokenizer may not know before it is said aloud
+ADVICE = "qformer.tokenizer=FOLDER, and qformer.start=FOLDER of a BERT that has it"
 
 
 def check(settings: Stage1Settings) -> None:
@@ -34,25 +31,24 @@ def check(settings: Stage1Settings) -> None:
 
 
 def made(settings: Stage1Settings, watch: Watch, faults: list[Fault]) -> Made:
-    parts = splits(settings, watch.say, faults)
-    held_out = parts.get("val") if settings.train.keep_best else None
-    if settings.train.keep_best and not held_out:
-        raise UserError("train.keep_best: no pictures are held out: give data.hold_out=NUMBER, or data.val=SPLIT")
+    parts = paired.splits(settings, watch.say, faults)
+    held_out = paired.held_out(settings, parts)
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
-    refusals.check_encoder(settings, built.program.image_encoder)
-    _warn_of_unknown_words(texts, built, watch)
-    built.program.to(device())
-    batches = _batches(settings, built, parts["train"], watch, faults)
+    program, words = built.program, built.tokenizer
+    refusals.check_batch_norms(settings, program.image_encoder)
+    paired.warn_of_unknown_words(texts, words, ADVICE, watch)
+    program.to(device())
+    batches = paired.batches(settings, program.image_encoder, words, parts["train"], watch, faults)
     validation = _validation(settings, built, held_out, watch, faults) if held_out else None
-    tokens = cost.caption_tokens(built.tokenizer, parts["train"], settings.data.max_tokens)
+    tokens = cost.caption_tokens(words, parts["train"], settings.data.max_tokens)
 
     def work() -> float:
         is_kept = settings.data.cache != "none"
-        return cost.work(built.program, batches.batch, tokens, is_kept) / batches.batch
+        return cost.work(program, batches.batch, tokens, is_kept) / batches.batch
 
-    data = _data(parts["train"], batches.records)
-    return Made(built.program, built.tokenizer, batches, data, work, settings.data.workers, validation)
+    data = paired.told_apart(parts["train"], batches.records)
+    return Made(program, words, batches, data, work, settings.data.workers, validation)
 
 
 def rebuilt(folder: Path, settings: Stage1Settings) -> tuple[Stage1Settings, Built]:
@@ -73,6 +69,20 @@ class Run:
     state: dict[str, Any]
     model: PictureText
 
+    @property
+    def learned(self) -> list[str]:
+        """Of the three objectives, those that have a weight."""
+        return [name for name in ("itc", "itm", "lm") if getattr(self.settings.objectives, name)]
+
+    def gallery(self, records: Sequence[Record], views: int, watch: Watch, faults: list[Fault]) -> Gallery:
+        """Held-out records and their captions, with what the model compares them by. `faults` hears of pictures that
+        can't be used."""
+        encoder, what = self.model.image_encoder, "held-out pictures"
+        return Gallery.of(*encoded(self.settings, encoder, records, watch, what, faults, views), views)
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"model": fingerprint(self.model.model), "image encoder": fingerprint(self.model.image_encoder)}
+
     def embed_images(self, pictures, **options) -> Tensor:
         """(P, Q, E): one unit vector a query token of each picture (paths or PIL images)."""
         return self.model.embed_images(pictures, **options)
@@ -84,8 +94,7 @@ class Run:
     def match(self, picture, texts: Sequence[str]) -> list[dict[str, float]]:
         """For each text the cosine (`itc`) and the probability that it belongs to the picture (`itm`), of what the run
         has learned."""
-        learned = [name for name in ("itc", "itm") if getattr(self.settings.objectives, name)]
-        return [{name: row[name] for name in learned} for row in self.model.match(picture, texts)]
+        return [{name: row[name] for name in self.learned if name in row} for row in self.model.match(picture, texts)]
 
     def caption(self, pictures, **options) -> list[str]:
         """What the model says of each picture."""
@@ -103,22 +112,8 @@ def _validation(
 ) -> Recalls:
     model = _in_use(settings, built)
     kept, tokens = encoded(settings, model.image_encoder, records, watch, "held-out pictures", faults)
-    return Recalls(built.program, model, Gallery.of(kept, tokens))
-
-
-def _batches(
-    settings: Stage1Settings, built: Built, records: Sequence[Record], watch: Watch, faults: list[Fault]
-) -> PairSteps:
-    return PairSteps(
-        *pictures(settings, built.program.image_encoder, records, watch, faults),
-        built.tokenizer,
-        settings.train.batch,
-        settings.data.captions,
-        settings.data.max_tokens,
-        settings.train.seed,
-        processes.part,
-        [1.0, *settings.data.also.values()] if settings.data.also else (),
-    )
+    gallery = Gallery.of(kept, tokens)
+    return Recalls(built.program, model, lambda: gallery)
 
 
 def _beside(folder: Path, settings: Stage1Settings) -> Stage1Settings:
@@ -129,22 +124,3 @@ def _beside(folder: Path, settings: Stage1Settings) -> Stage1Settings:
     if weights and (folder / weights).is_file():
         settings.image_encoder.weights = str(folder / weights)
     return settings
-
-
-def _data(records: Sequence[Record], kept: Sequence[Record]) -> dict[str, Any]:
-    """What tells training sets apart: all captions, which the vocabulary is made of, and the pictures of use."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (records, kept):
-        for record in part:
-            digest.update(json.dumps([record.image_id, record.captions]).encode())
-    return {"pictures": len(kept), "captions": sum(len(r.captions) for r in kept), "digest": digest.hexdigest()}
-
-
-def _warn_of_unknown_words(texts: Sequence[str], built: Built, watch: Watch) -> None:
-    """A vocabulary of another language would train to nothing, silently."""
-    share = built.tokenizer.unknown_share(texts[:10_000])
-    if share > UNKNOWN_ALARM:
-        watch.say(
-            f"warning: the tokenizer does not know {share:.0%} of the captions' words ([UNK]); "
-            "give one for their language: qformer.tokenizer=FOLDER, and qformer.start=FOLDER of a BERT that has it"
-        )

@@ -10,32 +10,40 @@ from typing import Any
 import torch
 
 from diptych.aside import aside
+from diptych.data.documents import Splits
 from diptych.errors import UserError
 from diptych.text.subwords import segmenter
+from diptych.train import processes
 from diptych.train.language import MaskedLM
 from diptych.train.measured import measured, rows_of
-from diptych.train.run import load
-from diptych.train.texts import splits
+from diptych.train.run import load, settings_of
+from diptych.train.texts import TextRun
 
 
 def evaluate(folder: str | Path, split: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures a run on held-out documents, tells of it and writes results.json. UserError for a split it has not."""
-    run = load(folder)
-    chosen, parts = run.settings.evaluation, splits(run.settings)
+    """Measures a run on held-out documents, tells of it and writes results.json. UserError for a split it has not.
+    Where torchrun started several processes they share the work, to the same bits; the first writes and tells."""
+    with processes.joined(settings_of(Path(folder)).train.timeout):
+        return _evaluate(load(folder), split, say)
+
+
+def _evaluate(run: TextRun, split: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    chosen, parts = run.settings.evaluation, Splits(run.settings.data)
     split = split or ("test" if "test" in parts else "val")
     if split not in parts:
-        raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+        raise UserError(f"{run.folder}: the run has no split '{split}'; it has {', '.join(parts)}")
     texts = parts[split][: chosen.limit]
     segment = segmenter(run.settings.objectives.words)
     rows = rows_of(texts, run.words, run.settings.data.max_tokens, segment)
     run.program.eval()
     found = measured(run.program, rows, run.words.pad, chosen).told()
     protocol = _protocol(run.program, chosen.one_word)
-    for line in lines(found, protocol, split):
-        say(line)
     record = {"split": split, "program": run.settings.program, "protocol": protocol, "language": found}
-    with aside(Path(folder) / "results.json") as file:
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if processes.is_first():
+        for line in lines(found, protocol, split):
+            say(line)
+        with aside(run.folder / "results.json") as file:
+            file.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return record
 
 

@@ -21,7 +21,8 @@ from diptych.checkpoints.texts import HEADS, fill, longest, open_tokenizer, shap
 from diptych.config import TextModelChoice, TextSettings
 from diptych.core.config import StackConfig
 from diptych.core.memory import Past
-from diptych.data.documents import documents
+from diptych.core.surgery import blocks_above
+from diptych.data.documents import Splits
 from diptych.data.readers.faults import Fault
 from diptych.data.texts import Corpus, Row, TextBatch, TextSteps, batch_of
 from diptych.errors import UserError
@@ -29,6 +30,7 @@ from diptych.generate import Search, generate
 from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig, initialise
 from diptych.text.subwords import Subwords, segmenter
+from diptych.text.tokenizer import Words
 from diptych.train import processes
 from diptych.train.family import Made
 from diptych.train.language import CausalLM, MaskedLM, PrefixLM, TextProgram
@@ -60,16 +62,18 @@ def check(settings: TextSettings) -> None:
     if settings.data.path is None:
         raise UserError("data.path is not set: give your text file or folder, as data.path=PATH")
     segmenter(settings.objectives.words)
+    Splits(settings.data).check()
 
 
 def made(settings: TextSettings, watch: Watch, faults: list[Fault]) -> Made:
-    parts = splits(settings)
+    parts = Splits(settings.data)
     if settings.train.keep_best and "val" not in parts:
         raise UserError("train.keep_best: no documents are held out: give data.hold_out=NUMBER, or data.val=PATH")
-    built = build(settings, parts["train"], say=watch.say)
+    texts = parts["train"]
+    built = build(settings, texts, say=watch.say)
     program, words, chosen = built.program.to(device()), built.words, settings.data
     segment = segmenter(settings.objectives.words)
-    corpus = Corpus(parts["train"], words, segment)
+    corpus = Corpus(texts, words, segment)
     watch.say(f"{len(corpus):,} documents, {len(corpus.ids):,} tokens; a vocabulary of {words.size:,}")
     batches = TextSteps(
         corpus, words, settings.train.batch, chosen.max_tokens, chosen.pack, settings.train.seed, processes.part
@@ -93,21 +97,6 @@ def opened(folder: Path, settings: TextSettings, built: BuiltText, state: dict[s
     return TextRun(folder, settings, state, built.program, built.words)
 
 
-def splits(settings: TextSettings) -> dict[str, list[str]]:
-    """Documents to train on ("train"), to choose by ("val") and to report ("test"), as the recipe names them."""
-    data = settings.data
-    read = partial(documents, unit=data.unit, column=data.column, split=data.split)
-    found = {"train": read(data.path or "")[: data.limit]}
-    found |= {name: read(path)[: data.limit] for name, path in (("val", data.val), ("test", data.test)) if path}
-    count = min(data.hold_out, len(found["train"]) // 10)
-    if "val" not in found and count:
-        order = np.random.default_rng(0).permutation(len(found["train"]))
-        whole, kept = found["train"], set(order[:count].tolist())
-        found["val"] = [whole[i] for i in sorted(kept)]
-        found["train"] = [text for i, text in enumerate(whole) if i not in kept]
-    return found
-
-
 def build(settings: TextSettings, texts: Sequence[str] = (), initialised: bool = True, say: Say = str) -> BuiltText:
     """The program, from random numbers keyed by the seed or, with `initialised`, from the start that settings name.
     texts: the documents to be learned, which the vocabulary is trimmed to where settings say so."""
@@ -118,13 +107,14 @@ def build(settings: TextSettings, texts: Sequence[str] = (), initialised: bool =
     if start == "random":
         if texts and chosen.vocabulary == "data":
             words, _ = words.trimmed(texts)
-        return _assembled(settings, _fresh(chosen, words), chosen.kind, words)
+        return _assembled(settings, fresh(chosen, words), chosen.kind, words)
     config, family = shape(start)
     stack = replace(config.stack, dropout=chosen.dropout, attention_dropout=chosen.dropout)
     built = _assembled(settings, replace(config, stack=stack), family, words)
     for line in fill(built.program.model, start, family) if initialised else ():
         say(line)
-    built.program.started = _started(built.program)
+    above = blocks_above(built.program.model.text)
+    built.program.started = {f"model.text.{name}": blocks for name, blocks in above.items()}
     return built
 
 
@@ -148,18 +138,20 @@ def _assembled(settings: TextSettings, config: TextConfig, family: str, words: S
     return BuiltText(kind(*common, on.smoothing), words, family)
 
 
-def _fresh(chosen: TextModelChoice, words: Subwords) -> TextConfig:
+def fresh(chosen: TextModelChoice, words: Words) -> TextConfig:
+    """The figures of a model that begins at random."""
     is_bert = chosen.kind == "bert"
     stack = StackConfig(
         chosen.width, chosen.layers, chosen.heads, chosen.mlp or 4 * chosen.width,
-        norm="post" if is_bert else "pre", activation="gelu" if is_bert else "gelu_tanh",
+        norm="post" if is_bert else "pre", activation="gelu_tanh" if chosen.kind == "gpt2" else "gelu",
         eps=1e-12 if is_bert else 1e-5, final_norm=not is_bert,
         dropout=chosen.dropout, attention_dropout=chosen.dropout,
     )  # fmt: skip
     if is_bert:
         return TextConfig(stack, words.size, chosen.positions, types=1, pad_id=words.pad)  # as transformers wants it
+    count_from = 0 if chosen.kind == "gpt2" else None
     return TextConfig(
-        stack, words.size, chosen.positions, norm_embeddings=False, causal=True, pad_id=None, count_from=0
+        stack, words.size, chosen.positions, norm_embeddings=False, causal=True, pad_id=None, count_from=count_from
     )
 
 
@@ -171,17 +163,6 @@ def _kept(folder: Path) -> tuple[TextConfig, str]:
         return TextConfig(stack, **held["config"]), held["family"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SHAPE}: can't be read as a model's figures ({type(error).__name__})") from None
-
-
-def _started(program: TextProgram) -> dict[str, int]:
-    """Weights that the start gave → how many blocks lie above each."""
-    layers = len(program.model.text.stack.blocks)
-
-    def above(name: str) -> int:
-        number = name.partition(".blocks.")[2].partition(".")[0]
-        return layers - 1 - int(number) if number else layers
-
-    return {name: above(name) for name, _ in program.named_parameters() if name.startswith("model.text.")}
 
 
 def random_batch(program: TextProgram, tokens: int, rows: int, packed: bool = False) -> TextBatch:

@@ -59,7 +59,7 @@ def test_show_tells_what_it_takes(call):
         assert settings["program"] == program and settings["train"]["steps"] == 6
         assert max(map(len, said.splitlines())) <= 80
         found = json.loads(right(call("show", recipe, "--json", *SMALL)))["cost"]
-        assert found["bytes_in_all"] == sum(found["memory"].values()) and found["flops"] > 6 * found["parameters"]
+        assert found["bytes_in_all"] == sum(found["memory"].values()) and found["flops"] > 6 * found["parameters"]["trained"]
 
 
 def test_eval_measures_held_out_documents(run, call):
@@ -113,14 +113,14 @@ def test_mistakes_are_told_in_a_line(call, folder, run):
         ("train", "causal", "data.path=rows.jsonl"): "no 'text' in this row; name another: data.column",
         ("train", "causal", "data.path=few.txt", *SMALL[1:]): "less than one row of 24",
         ("train", "masked", *SMALL, "model.kind=gpt2"): "masked_lm hides words from a model that sees all others",
-        ("train", "masked", *SMALL, "model.heads=3"): "model.width=16 is no multiple of model.heads=3",
+        ("train", "masked", *SMALL, "model.heads=3"): "width=16 of a text model is no multiple of its heads=3",
         ("train", "masked", *SMALL, "data.max_tokens=600"): "data.max_tokens=600, and the model knows 512 positions",
         (
             "train",
             "masked",
             *SMALL,
             "model.start=starter",
-        ): "model.vocabulary=data is for a model that begins at random",
+        ): "vocabulary=data is for a text model that begins at random",
         ("train", "causal", "program=casual_lm"): "no program 'casual_lm'; did you mean 'causal_lm'?",
         ("train", "causal", "data.paths=x"): "'data.paths': there is no such setting; did you mean 'data.path'?",
         ("train", "causal", *SMALL, f"out={out}"): "a run is there already",

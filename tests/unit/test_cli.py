@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diptych import __version__
-from diptych.cli import cli, cost_lines
+from diptych.cli import cli
+from diptych.cli.training import cost_lines
 from diptych.errors import UserError
 
 HEAVY = ("torch", "transformers", "timm", "torchvision", "pydantic", "rich", "numpy", "PIL", "yaml")

@@ -21,7 +21,7 @@ from diptych.data.pack import pack
 from diptych.data.pictures import open_picture
 from diptych.data.readers import read, splits
 from diptych.errors import UserError
-from diptych.train.build import splits as parts
+from diptych.train.paired import splits as parts
 from tests.unit.test_pictures import BAD, GOOD
 from tests.unit.test_readers import pictures, said, write
 from tests.unit.test_shards import faults

@@ -24,7 +24,7 @@ from diptych.data.transforms import normalised, transform
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
 from diptych.text.tokenizer import Tokenizer
-from diptych.train.build import splits
+from diptych.train.paired import splits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "red", "blue", "dog", "cat", "bus", "runs", "sits"]
 CAPTIONS = [

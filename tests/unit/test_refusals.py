@@ -31,8 +31,8 @@ def test_what_spread_weights_cannot_do(asked, said):
 def test_batch_norms_of_a_trained_encoder_want_the_whole_batch():
     encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     whole, parts = config.load("demo"), config.load("demo", ["train.accumulate=2"])
-    refusals.check_encoder(whole, encoder)
+    refusals.check_batch_norms(whole, encoder)
     with pytest.raises(UserError, match="has batch norms, which look at a whole batch"):
-        refusals.check_encoder(parts, encoder)
-    refusals.check_encoder(parts, encoder.requires_grad_(False))
-    refusals.check_encoder(parts, nn.Conv2d(3, 4, 1))
+        refusals.check_batch_norms(parts, encoder)
+    refusals.check_batch_norms(parts, encoder.requires_grad_(False))
+    refusals.check_batch_norms(parts, nn.Conv2d(3, 4, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diptych.cli import room_lines
+from diptych.cli.training import room_lines
 from diptych.data.records import Record
 from diptych.train.cost import cost, to_count
 from diptych.train.room import SURE, fits, ways

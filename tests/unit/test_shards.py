@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.cli import _check_pictures
+from diptych.cli.checks import check_pictures
 from diptych.data import cache, files
 from diptych.data.check import check, write_clean
 from diptych.data.pairs import Files, PairSteps
@@ -375,7 +375,7 @@ def test_workers_see_the_same_and_hold_few_tars_open(tmp_path):
 def test_pictures_in_tars_are_shown_and_named_on_the_command_line(shard):
     path = str(shard / "3.jpg")
     assert _thumbnail(path, 64) == _thumbnail(jpeg(27), 64) is not None
-    _check_pictures([path])
+    check_pictures([path])
     with pytest.raises(UserError, match="there is no such picture"):
-        _check_pictures([str(shard / "30.jpg")])
+        check_pictures([str(shard / "30.jpg")])
     assert np.asarray(open_picture(path)).shape == (8, 8, 3)

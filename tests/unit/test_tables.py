@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from diptych import config
-from diptych.cli import _files_by_split
+from diptych.cli.data import files_by_split
 from diptych.data import cache, files, tables
 from diptych.data.check import check, write_clean
 from diptych.data.pack import pack
@@ -26,7 +26,7 @@ from diptych.data.readers import read, splits
 from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.text.tokenizer import Tokenizer
-from diptych.train.build import splits as parts
+from diptych.train.paired import splits as parts
 from tests.unit.test_pack import sight
 from tests.unit.test_pictures import BAD, GOOD, SPEC
 from tests.unit.test_readers import pictures, said, write
@@ -179,7 +179,7 @@ def test_splits_are_the_names_of_files(tmp_path):
         parquet(tmp_path / "data" / f"{name}.parquet", apples(2 * number, 2))
     write(tmp_path / "README.md", "as the hub has it")
     for path in (tmp_path, tmp_path / "data"):
-        assert splits(path) == ("test", "train") == tuple(_files_by_split(str(path)))
+        assert splits(path) == ("test", "train") == tuple(files_by_split(str(path)))
         assert [r.image_id for r in read(path, split="train")] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
         assert "has no split 'val'" in said(path, split="val")
     settings = config.load("photos", [f"data.path={tmp_path}"])

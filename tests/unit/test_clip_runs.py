@@ -1,0 +1,137 @@
+"""Dual encoders as runs: trained, resumed, evaluated and opened again, on scenes of a few pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import diptych
+from diptych import config
+from diptych.data.scenes import write
+from diptych.errors import UserError
+from diptych.train import clip, evaluation, family, run
+from diptych.train.watch import Watch
+
+VIT = {"width": 16, "layers": 2, "heads": 2, "patch": 8, "mlp": 32}
+TEXT = [
+    "text_encoder.start=random",
+    "text_encoder.vocabulary=data",
+    "text_encoder.width=16",
+    "text_encoder.heads=2",
+    "text_encoder.layers=2",
+    "text_encoder.dropout=0.1",
+    "model.embed=8",
+    "train.batch=8",
+    "train.steps=4",
+    "train.save_every=2",
+    "train.lr=1e-3",
+]
+OWN = ["image_encoder.name=vit", *(f"image_encoder.shape.{name}={n}" for name, n in VIT.items())]
+LOCKED = ["image_encoder.name=starter", "image_encoder.frozen=true"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write(str(folder), "simple", train=24, val=8, test=8, unseen=8, size=32)
+    return folder
+
+
+def settings(scenes: Path, out: Path, *more: str):
+    own = [] if any("starter" in word for word in more) else OWN
+    place = ["image_encoder.size=32", f"data.path={scenes}", f"out={out}"]
+    return config.load("clip", [*TEXT, *own, *place, *more])
+
+
+def watch(out: Path) -> Watch:
+    return Watch(out, 1, say=lambda line: None)
+
+
+def trained(scenes: Path, out: Path, *more: str, resume: bool = False) -> Path:
+    return run.train(settings(scenes, out, *more), watch(out), resume)
+
+
+def told(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return run.reopen(folder)[1].program.state_dict()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("objectives.loss=sigmoid",),
+        ("text_encoder.kind=bert", "model.image_pool=attention"),
+        LOCKED + ["data.cache=memory"],
+    ],
+    ids=["softmax", "sigmoid", "bert", "locked image"],
+)
+def test_a_run_is_opened_as_it_was_trained(scenes, tmp_path, more):
+    folder = trained(scenes, tmp_path / "run", *more)
+    again = diptych.load(folder)
+    pictures = sorted(map(str, scenes.glob("**/*.png")))[:3]
+    texts = ["a red circle", "a blue square above a green triangle"]
+    seen, said = again.embed_images(pictures), again.embed_texts(texts)
+    assert seen.shape == (3, 8) and said.shape == (2, 8)
+    torch.testing.assert_close(seen.norm(dim=1), torch.ones(3))
+    matched = torch.tensor([[row["itc"] for row in again.match(picture, texts)] for picture in pictures])
+    torch.testing.assert_close(matched, seen @ said.T, atol=1e-5, rtol=0)
+    found = evaluation.evaluate(folder, say=lambda line: None)
+    assert found["retrieval"][0]["protocol"].startswith("1 picture") and (folder / "report.html").is_file()
+
+
+def test_going_on_gives_the_same_bits(scenes, tmp_path):
+    whole = weights(trained(scenes, tmp_path / "whole"))
+    out = tmp_path / "parts"
+    trained(scenes, out)
+    (last,) = [p for p in (out / "checkpoints").iterdir() if p.name.endswith("4")]
+    for file in sorted(last.rglob("*"), reverse=True):
+        file.unlink()
+    last.rmdir()
+    trained(scenes, out, resume=True)
+    again = weights(out)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_chunks_give_the_same_losses(scenes, tmp_path):
+    alike = ["train.precision=float32", "text_encoder.dropout=0"]
+    plain, chunks = (
+        told(trained(scenes, tmp_path / f"{count}", *alike, f"train.accumulate={count}")) for count in (1, 4)
+    )
+    assert [row["loss"] for row in chunks] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+
+
+def test_the_best_checkpoint_is_told_by_recall(scenes, tmp_path):
+    folder = trained(scenes, tmp_path / "run", "train.keep_best=true")
+    assert any("val_recall" in row for row in told(folder))
+
+
+def test_only_what_is_not_frozen_moves(scenes, tmp_path):
+    chosen = settings(scenes, tmp_path / "run", "train.steps=2", *LOCKED)
+    before = {name: t.clone() for name, t in clip.build(chosen).program.state_dict().items()}
+    family.of(chosen).check(chosen)
+    after = weights(run.train(chosen, watch(tmp_path / "run")))
+    moved = {name for name, t in after.items() if name in before and t.shape == before[name].shape
+             and not torch.equal(t, before[name])}  # fmt: skip
+    assert moved and not any(name.startswith("model.image.encoder.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("image_encoder.frozen=true",), "comes without weights"),
+        (("data.max_tokens=600",), "knows 512 positions"),
+        (("data.cache=memory",), "needs image_encoder.frozen=true"),
+        (("text_encoder.tokenizer=clip",), "trims a WordPiece vocabulary"),
+    ],
+)
+def test_mistakes_are_one_line(scenes, tmp_path, more, told):
+    with pytest.raises(UserError, match=told):
+        trained(scenes, tmp_path / "run", *more)
+    assert not (tmp_path / "run" / "settings.yaml").exists()
