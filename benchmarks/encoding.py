@@ -14,7 +14,7 @@ import torch
 from pairs import Spread, in_turns
 from torch import Tensor, nn
 
-from diptych.config import Encoder
+from diptych.settings import Encoder
 from diptych.train.encoders import image_encoder
 
 

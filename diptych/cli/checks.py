@@ -15,8 +15,9 @@ def is_text(folder: Path) -> bool:
     if not file.is_file():
         return False
     from diptych import config
+    from diptych.settings import TextSettings
 
-    return isinstance(config.load(str(file)), config.TextSettings)
+    return isinstance(config.load(str(file)), TextSettings)
 
 
 def check_run(folder: Path) -> None:

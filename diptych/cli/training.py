@@ -12,7 +12,7 @@ from diptych.cli.checks import check_run
 from diptych.cli.group import cli, rank
 
 if TYPE_CHECKING:
-    from diptych.config import Settings
+    from diptych.settings import Settings
     from diptych.train.cost import Cost
 
 SETTINGS = "[KEY=VALUE]..."
@@ -43,7 +43,7 @@ def train(recipe: str, settings: tuple[str, ...], resume: bool) -> None:
 
 
 def _next(folder: Path, chosen: Settings) -> list[str]:
-    from diptych.config import Stage1Settings, TextSettings
+    from diptych.settings import Stage1Settings, TextSettings
 
     lines = [f"diptych eval {folder}"]
     if isinstance(chosen, TextSettings):
@@ -65,14 +65,15 @@ def show(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     taken to be as long as data.max_tokens allows.
     """
     from diptych import config
+    from diptych.settings import ClipSettings, TextSettings
 
     chosen = config.load(recipe, settings)
     if not as_json:
         click.echo(config.dump(chosen))
-    if isinstance(chosen, config.TextSettings | config.ClipSettings):
+    if isinstance(chosen, TextSettings | ClipSettings):
         from diptych.train import clip, step_cost, text_cost
 
-        costed = text_cost.cost(chosen) if isinstance(chosen, config.TextSettings) else clip.step(chosen)
+        costed = text_cost.cost(chosen) if isinstance(chosen, TextSettings) else clip.step(chosen)
         click.echo(json.dumps({"settings": chosen.model_dump(mode="json"), "cost": costed}, indent=1) if as_json
                    else "\n".join(step_cost.lines(costed, scaled)))  # fmt: skip
         return

@@ -10,11 +10,11 @@ from torch import nn
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.starts import bert_shape, start_from_bert, started
-from diptych.config import Stage1Settings
 from diptych.core.config import StackConfig
 from diptych.errors import UserError
 from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
+from diptych.settings import Stage1Settings
 from diptych.text.tokenizer import Tokenizer
 from diptych.train.encoders import image_encoder
 from diptych.train.programs import Stage1, Stage1Objectives

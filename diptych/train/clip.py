@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.checkpoints import clips, io, starter, texts
-from diptych.config import ClipSettings, Encoder
 from diptych.core.config import StackConfig
 from diptych.core.fingerprint import fingerprint
 from diptych.core.surgery import blocks_above, freeze, is_frozen
@@ -29,6 +28,7 @@ from diptych.models.resnet import ResNetConfig
 from diptych.models.timm_tower import TimmConfig
 from diptych.models.vision import ImageSpec, VisionConfig
 from diptych.objectives import gather
+from diptych.settings import ClipSettings, Encoder
 from diptych.text.tokenizer import Tokenizer, Words
 from diptych.train import cost, loop, paired, refusals, step_cost
 from diptych.train.contrast import Contrast, ContrastObjectives

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from diptych.checkpoints import clips, hf, hf_blip2, io, lavis
 from diptych.checkpoints.texts import FAMILIES
-from diptych.config import ClipSettings, Encoder, QFormer, Stage1Settings, TextSettings, TowerShape
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
 from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.settings import ClipSettings, Encoder, QFormer, Stage1Settings, TextSettings, TowerShape
 from diptych.train import convert_clip, convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.checkpoints import clips, hf_clip, openai, openclip, texts
-from diptych.config import ClipSettings
 from diptych.errors import UserError
 from diptych.models.specs import to_hugging_face
+from diptych.settings import ClipSettings
 from diptych.train.clip import BuiltClip, build
 from diptych.train.run import write_untrained
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.checkpoints import hf, texts
-from diptych.config import TextSettings
 from diptych.errors import UserError
+from diptych.settings import TextSettings
 from diptych.train.run import write_untrained
 from diptych.train.texts import BuiltText, build
 

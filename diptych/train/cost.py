@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diptych.config import Encoder, Stage1Settings, Train
 from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
 from diptych.data.pairs import PairBatch
 from diptych.data.records import Record
 from diptych.models.vision import ImageTokens
 from diptych.objectives import gather
+from diptych.settings import Encoder, Stage1Settings, Train
 from diptych.text.tokenizer import Words
 from diptych.train import eightbit
 from diptych.train.build import Built, build

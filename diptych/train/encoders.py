@@ -7,7 +7,7 @@ from dataclasses import replace
 from safetensors import SafetensorError
 from torch import nn
 
-from diptych import checkpoints, config
+from diptych import checkpoints
 from diptych.checkpoints import hf, io, lavis, starter
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
@@ -15,17 +15,18 @@ from diptych.errors import UserError
 from diptych.models.clip import initialise
 from diptych.models.specs import spec_of_hugging_face
 from diptych.models.vision import HFEncoder, TimmEncoder, VisionConfig, VisionTransformer
+from diptych.settings import Encoder, TowerShape
 
 # As BLIP-2 uses them
 SHAPES = {
-    "eva": config.TowerShape(width=1408, layers=39, heads=16, patch=14, mlp=6144),
-    "clip": config.TowerShape(width=1024, layers=23, heads=16, patch=14, mlp=4096),
+    "eva": TowerShape(width=1408, layers=39, heads=16, patch=14, mlp=6144),
+    "clip": TowerShape(width=1024, layers=23, heads=16, patch=14, mlp=4096),
 }
-VIT = config.TowerShape(width=768, layers=12, heads=12, patch=16, mlp=3072)
+VIT = TowerShape(width=768, layers=12, heads=12, patch=16, mlp=3072)
 NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip, vit"
 
 
-def image_encoder(chosen: config.Encoder) -> nn.Module:
+def image_encoder(chosen: Encoder) -> nn.Module:
     """The encoder the settings name, with its weights; frozen where they say so."""
     kind, _, name = chosen.name.partition(":")
     _refuse_unheard(chosen, kind)
@@ -44,7 +45,7 @@ def image_encoder(chosen: config.Encoder) -> nn.Module:
     return freeze(encoder) if chosen.frozen else encoder
 
 
-def check_weights(chosen: config.Encoder) -> None:
+def check_weights(chosen: Encoder) -> None:
     """`UserError` where a frozen encoder would keep the random numbers that it was made with."""
     if chosen.frozen and not chosen.weights and chosen.name.startswith(("timm:", "eva", "clip", "vit")):
         raise UserError(
@@ -53,7 +54,7 @@ def check_weights(chosen: config.Encoder) -> None:
         )
 
 
-def _refuse_unheard(chosen: config.Encoder, kind: str) -> None:
+def _refuse_unheard(chosen: Encoder, kind: str) -> None:
     """What this kind of encoder would not listen to."""
     takes = {"stage": ("starter", "timm"), "weights": ("timm", "eva", "clip"), "shape": ("eva", "clip", "vit")}
     for setting, kinds in takes.items():
@@ -61,7 +62,7 @@ def _refuse_unheard(chosen: config.Encoder, kind: str) -> None:
             raise UserError(f"image_encoder.{setting}: {chosen.name} has none to give; leave it out")
 
 
-def _timm(name: str, chosen: config.Encoder) -> TimmEncoder:
+def _timm(name: str, chosen: Encoder) -> TimmEncoder:
     import timm
 
     if not timm.is_model(name):
@@ -85,7 +86,7 @@ def _fill(model: nn.Module, path: str) -> None:
     model.load_state_dict({name: theirs[name] for name in ours})
 
 
-def _hugging_face(name: str, chosen: config.Encoder) -> HFEncoder:
+def _hugging_face(name: str, chosen: Encoder) -> HFEncoder:
     """name: a folder, or a hub id."""
     from transformers import AutoImageProcessor, AutoModel
 
@@ -105,7 +106,7 @@ def _hugging_face(name: str, chosen: config.Encoder) -> HFEncoder:
     return HFEncoder(model, spec if spec.size == size else replace(spec, size=size))
 
 
-def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
+def _tower(kind: str, chosen: Encoder) -> VisionTransformer:
     """LAVIS's: EVA-CLIP-g (39 blocks, 14-px patches, width 1408) or CLIP-L (23 blocks, width 1024), at 224 px, or one
     of another shape."""
     shape, size = _shape(chosen, SHAPES[kind])
@@ -118,7 +119,7 @@ def _tower(kind: str, chosen: config.Encoder) -> VisionTransformer:
     return encoder
 
 
-def _vit(chosen: config.Encoder) -> VisionTransformer:
+def _vit(chosen: Encoder) -> VisionTransformer:
     """CLIP's own, with random weights: ViT-B/16 at 224 px where no shape is given."""
     shape, size = _shape(chosen, VIT)
     stack = StackConfig(shape.width, shape.layers, shape.heads, shape.mlp)
@@ -127,7 +128,7 @@ def _vit(chosen: config.Encoder) -> VisionTransformer:
     return encoder
 
 
-def _shape(chosen: config.Encoder, usual: config.TowerShape) -> tuple[config.TowerShape, int]:
+def _shape(chosen: Encoder, usual: TowerShape) -> tuple[TowerShape, int]:
     """A tower's figures and its side in pixels; UserError where they don't fit together."""
     shape, size = chosen.shape or usual, chosen.size or 224
     if shape.width % shape.heads or size % shape.patch:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from diptych.config import ClipSettings, Settings, TextSettings
 from diptych.data.readers.faults import Fault
 from diptych.data.steps import Steps
+from diptych.settings import ClipSettings, Settings, TextSettings
 from diptych.train.moves import Moves
 from diptych.train.program import Program
 from diptych.train.watch import Watch

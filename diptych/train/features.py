@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.config import ClipSettings, Encoder, PairSettings
 from diptych.core.fingerprint import fingerprint
 from diptych.data import cache, features
 from diptych.data.cache import FeatureCache, Table
@@ -23,6 +22,7 @@ from diptych.data.records import Record
 from diptych.data.transforms import views
 from diptych.errors import UserError
 from diptych.objectives import gather
+from diptych.settings import ClipSettings, Encoder, PairSettings
 from diptych.train import processes
 from diptych.train.watch import Watch
 
@@ -85,8 +85,7 @@ def _encoded(
 
 
 def _of_use(files: Files, kept: Sequence[int], found: Sequence[Fault], what: str, faults: list[Fault]) -> list[Record]:
-    """The records whose pictures are `kept`; `faults` hears of what was `found` in the others. UserError where none is.
-    """
+    """The records whose pictures are `kept`; `faults` hears of what was `found` of others. UserError where none is."""
     faults += dict.fromkeys(found)
     if not kept:
         raise UserError(f"none of {len(files.records)} {what} can be used; {faults[-1].where}: {faults[-1].message}")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.config import Train
 from diptych.errors import UserError
+from diptych.settings import Train
 from diptych.train import processes
 from diptych.train.accumulate import backward
 from diptych.train.checkpoint import generators

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.config import TextEvaluation
 from diptych.data.texts import Corpus, Row, batch_of, parts
 from diptych.errors import UserError
 from diptych.objectives import gather, language
+from diptych.settings import TextEvaluation
 from diptych.text.subwords import Segment, Subwords
 from diptych.train.language import MaskedLM, TextProgram
 from diptych.train.moves import Moves

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from diptych.config import Train
+from diptych.settings import Train
 from diptych.train.average import Average
 from diptych.train.program import Program
 from diptych.train.schedule import optimizer, shares

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from diptych.config import Data, PairSettings
 from diptych.data import readers
 from diptych.data.pairs import PairSteps
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record, hold_out
 from diptych.errors import UserError
+from diptych.settings import Data, PairSettings
 from diptych.text.tokenizer import Words
 from diptych.train import processes
 from diptych.train.features import pictures

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diptych.config import PairSettings, Settings, Stage1Settings
 from diptych.core.surgery import is_frozen
 from diptych.errors import UserError
 from diptych.objectives import gather
+from diptych.settings import PairSettings, Settings, Stage1Settings
 from diptych.train import compiled, eightbit, trackers
 from diptych.train.encoders import check_weights
 from diptych.train.loop import device, precision

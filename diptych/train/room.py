@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from diptych import config
-from diptych.config import Stage1Settings
 from diptych.data.records import Record
+from diptych.settings import Stage1Settings
 from diptych.train.build import Built
 from diptych.train.cost import Cost, cost
 

@@ -12,10 +12,10 @@ import torch
 
 from diptych import config
 from diptych.aside import aside
-from diptych.config import Settings
 from diptych.data.readers.faults import Fault
 from diptych.errors import UserError
 from diptych.objectives import gather
+from diptych.settings import Settings
 from diptych.train import checkpoint, compiled, family, loop, processes, refusals
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.failures import keep

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diptych.config import Stage1Settings
 from diptych.core.fingerprint import fingerprint
 from diptych.data.readers.faults import Fault
 from diptych.data.records import Record
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.inference import PictureText
+from diptych.settings import Stage1Settings
 from diptych.train import cost, loop, paired, refusals
 from diptych.train.build import Built, build
 from diptych.train.family import Made

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from diptych.config import Train
+from diptych.settings import Train
 from diptych.train import cost as pictures
 from diptych.train.live import Live, read_on
 from diptych.train.loop import autocast, device, precision

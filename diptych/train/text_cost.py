@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych.config import TextSettings
+from diptych.settings import TextSettings
 from diptych.train import step_cost
 from diptych.train.texts import build, random_batch, work
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.texts import HEADS, fill, longest, open_tokenizer, shape
-from diptych.config import TextModelChoice, TextSettings
 from diptych.core.config import StackConfig
 from diptych.core.memory import Past
 from diptych.core.surgery import blocks_above
@@ -29,6 +28,7 @@ from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig, initialise
+from diptych.settings import TextModelChoice, TextSettings
 from diptych.text.subwords import Subwords, segmenter
 from diptych.text.tokenizer import Words
 from diptych.train import processes

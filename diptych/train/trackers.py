@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from diptych.aside import aside
-from diptych.config import Settings
 from diptych.errors import UserError
+from diptych.settings import Settings
 
 PROJECT = "diptych"  # WANDB_PROJECT wins over it
 

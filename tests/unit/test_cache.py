@@ -22,6 +22,7 @@ from diptych.data.records import Record
 from diptych.data.transforms import normalised, views
 from diptych.errors import UserError
 from diptych.models.vision import ImageSpec, VisionConfig, VisionTransformer
+from diptych.settings import Encoder, Stage1Settings
 from diptych.train.features import encoded, key, pictures
 from diptych.train.watch import Watch
 from tests.unit.test_training import full_disk
@@ -163,7 +164,7 @@ def records(tmp_path) -> list[Record]:
     return [Record(str(tmp_path / f"{i}.png"), ("x",), i, f"row {i}") for i in range(7)]
 
 
-def settings(tmp_path: Path, *more: str) -> config.Stage1Settings:
+def settings(tmp_path: Path, *more: str) -> Stage1Settings:
     folder = f"data.cache_folder={tmp_path / 'features'}"
     return config.load("photos", ["data.cache=disk", folder, "data.on_bad=skip", *more])
 
@@ -197,8 +198,8 @@ def test_a_picture_that_changes_and_an_encoder_that_does_are_met_anew(tmp_path, 
     _, after, _, shown = run(tmp_path, records, encoder)
     assert shown == 1 and [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [1, 1, 0, 1, 1]
     assert run(tmp_path, records, tower(1))[3] == 4
-    assert key(config.Encoder(), tower()) == key(config.Encoder(weights="elsewhere.pth"), tower())
-    assert key(config.Encoder(), tower()) != key(config.Encoder(size=32), tower())
+    assert key(Encoder(), tower()) == key(Encoder(weights="elsewhere.pth"), tower())
+    assert key(Encoder(), tower()) != key(Encoder(size=32), tower())
 
 
 def test_steps_read_the_table_as_they_would_memory(tmp_path, records):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from diptych import checkpoints
 from diptych.checkpoints import io
 from diptych.checkpoints.rules import Rule, Square, Table, leading
-from diptych.config import Encoder
 from diptych.errors import UserError
+from diptych.settings import Encoder
 from diptych.text.tokenizer import Tokenizer
 from diptych.train.encoders import image_encoder
 

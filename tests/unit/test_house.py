@@ -32,8 +32,8 @@ ORDER = (
     "cli",
     "__main__",
 )
-# These may be imported by all; config tells its mistakes through errors, the others know nobody.
-GROUND = {"errors": set(), "aside": set(), "config": {"errors"}}
+# These may be imported by all; config tells its mistakes of settings through errors, the others know nobody.
+GROUND = {"errors": set(), "aside": set(), "settings": set(), "config": {"errors", "settings"}}
 FACADE = {"UserError", "__version__"}  # what `from diptych import …` may fetch inside the package
 HEAVY = {"torch", "torchvision", "transformers", "timm", "tensorboard", "matplotlib", "pandas", "scipy"}
 

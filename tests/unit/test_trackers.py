@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 
 from diptych import config
-from diptych.config import Settings
 from diptych.errors import UserError
+from diptych.settings import Settings
 from diptych.train import run, trackers
 from diptych.train.trackers import Trackers
 from diptych.train.watch import Watch

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diptych.config import Train
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.data.pairs import PairBatch
@@ -26,6 +25,7 @@ from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
 from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.objectives import contrastive, language
+from diptych.settings import Train
 from diptych.train import checkpoint, loop
 from diptych.train.checkpoint import Checkpoints
 from diptych.train.health import Health

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diptych.checkpoints import starter
-from diptych.config import Encoder
 from diptych.core.config import StackConfig
 from diptych.data.transforms import VIEWS, normalised, transform, views
 from diptych.errors import UserError
 from diptych.models.vision import HFEncoder, ImageSpec, TimmEncoder, VisionConfig, VisionTransformer, places
+from diptych.settings import Encoder
 from diptych.train.encoders import check_weights, image_encoder
 
 
