@@ -1,13 +1,18 @@
-"""Commands that carry models in and out: convert."""
+"""Commands that carry models in and out, and mix them: convert, export, average."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from diptych.cli.checks import check_pictured
 from diptych.cli.group import cli
 from diptych.errors import UserError
+
+if TYPE_CHECKING:
+    from diptych.checkpoints.export import Format
 
 
 @cli.command()
@@ -41,3 +46,47 @@ def convert(
 
     made = convert(source, out, to, Choices(image_encoder, tokenizer, heads, image_heads), click.echo)
     click.echo(f"converted: {made}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help="torch: .pt2 files."
+)
+@click.option("--opset", type=int, help="Of ONNX; default: the one that was tested.")
+@click.option("--int8", is_flag=True, help="Towers of 8 bits too; of ONNX.")
+def export(run: Path, out: Path, to: Format, opset: int | None, int8: bool) -> None:
+    """Export both towers of a dual encoder to the folder OUT.
+
+    Pictures go in as bytes, unit vectors come out, for any number of rows; export.json says how pictures are prepared.
+    """
+    check_pictured(run, "export")
+    import diptych
+    from diptych.checkpoints.export import OPSET, export
+    from diptych.train.clip import ClipRun
+
+    opened = diptych.load(run)
+    if not isinstance(opened, ClipRun):
+        raise UserError(f"{run} is a {opened.settings.program}; export is for dual encoders (`diptych train clip`)")
+    model = opened.model
+    export(model.model, out, model.tokenizer, to, opset or OPSET, int8, model.max_tokens, click.echo)
+    click.echo(f"exported: {out}")
+
+
+@cli.command()
+@click.argument("start")
+@click.argument("tuned")
+@click.argument("out")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="0: START; 1: TUNED.")
+def average(start: str, tuned: str, out: str, share: float) -> None:
+    """Write a run whose weights lie between START's and TUNED's.
+
+    Fine-tuning gains what it was tuned to and loses some of the rest; half the way back keeps most of both (WiSE-FT).
+    """
+    for place in (start, tuned):
+        if not Path(place).exists():
+            raise UserError(f"{place}: no such file or folder")
+    from diptych.train.convert import average
+
+    click.echo(f"averaged: {average(start, tuned, out, share)}")

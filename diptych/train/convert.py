@@ -28,6 +28,7 @@ from diptych.train import convert_clip, convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
 from diptych.train.run import reopen, write_untrained
+from diptych.train.wise import interpolate
 
 Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "openai", "openclip", "diptych")
@@ -86,6 +87,24 @@ def convert(source: str | Path, out: str | Path, to: str, choices: Choices | Non
         notes = write(opened, aside)
     for line in notes:
         say(line)
+    return out
+
+
+def average(start: str | Path, tuned: str | Path, out: str | Path, share: float) -> Path:
+    """Writes a run whose weights lie between two models', `share` of the way from `start` to `tuned` (WiSE-FT: Wortsman
+    et al. 2022): runs, or whatever `convert` opens. UserError where they are of two shapes, or `out` is there."""
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} is there already: give another name, or remove it")
+    begun, opened = (open_source(place, "hf", Choices()) for place in (start, tuned))
+    if type(begun) is not type(opened):
+        raise UserError(f"{start} and {tuned} are models of two families")
+    program = opened.built.program
+    program.load_state_dict(interpolate(begun.built.program.state_dict(), program.state_dict(), share))
+    opened.settings.about = f"{share:g} of the way from {start} to {tuned}"
+    opened.settings.out = str(out)
+    with _aside(out) as aside:
+        _writer(opened, "diptych")(opened, aside)
     return out
 
 

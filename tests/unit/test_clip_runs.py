@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import diptych
 from diptych import config
+from diptych.cli import cli
 from diptych.data.scenes import write
 from diptych.errors import UserError
+from diptych.evaluate.exported import Exported
 from diptych.train import clip, evaluation, family, run
 from diptych.train.watch import Watch
 
@@ -135,3 +138,32 @@ def test_mistakes_are_one_line(scenes, tmp_path, more, told):
     with pytest.raises(UserError, match=told):
         trained(scenes, tmp_path / "run", *more)
     assert not (tmp_path / "run" / "settings.yaml").exists()
+
+
+def test_weights_half_way_between_two_runs(scenes, tmp_path):
+    begun = trained(scenes, tmp_path / "begun", "train.steps=1")
+    tuned = trained(scenes, tmp_path / "tuned")
+    done = CliRunner().invoke(cli, ["average", str(begun), str(tuned), str(tmp_path / "mixed"), "--share", "0.25"])
+    assert done.exit_code == 0, done.output
+    ours, a, b = (weights(folder) for folder in (tmp_path / "mixed", begun, tuned))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, 0.75 * a[name] + 0.25 * b[name])
+
+
+def test_both_towers_leave_as_onnx_and_answer_alike(scenes, tmp_path):
+    run_folder = trained(scenes, tmp_path / "run")
+    done = CliRunner().invoke(cli, ["export", str(run_folder), str(tmp_path / "onnx")])
+    assert done.exit_code == 0, done.output
+    pictures, texts = sorted(map(str, scenes.glob("**/*.png")))[:2], ["a red circle"]
+    ours, theirs = diptych.load(run_folder), Exported(tmp_path / "onnx")
+    torch.testing.assert_close(theirs.embed_images(pictures), ours.embed_images(pictures), atol=1e-2, rtol=0)
+    torch.testing.assert_close(theirs.embed_texts(texts), ours.embed_texts(texts), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("command", ["pairs", "health"])
+def test_the_space_is_measured_from_the_command_line(scenes, tmp_path, command):
+    run_folder = trained(scenes, tmp_path / "run", "train.steps=1")
+    words = [str(scenes)] if command == "pairs" else ["--out", str(tmp_path / "health.png")]
+    done = CliRunner().invoke(cli, [command, str(run_folder), *words])
+    assert done.exit_code == 0, done.output
+    assert all(len(line) <= 80 or str(tmp_path) in line for line in done.output.splitlines()[-8:])
