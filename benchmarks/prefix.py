@@ -1,10 +1,11 @@
 """A small classification task learned by all weights, by LoRA (`peft`), by a prefix and by a new head alone, in turns.
 
-    python benchmarks/prefix.py --threads 1   # a few minutes; needs diptych[starter], and peft for its row
+    python benchmarks/prefix.py --threads 1 --seeds 3   # minutes a seed; needs diptych[starter], and peft for its row
 
 The task: of a scene's caption such as "two small red stars to the right of a blue circle", the colour of what lies
 further left or higher (blue). Words alone leave two colours to choose from: the relation must be understood. All sides
 begin at the same MiniLM-L6 and the same new head, and take every batch one after another, each first in its turn.
+A seed decides the new head, the prefix, dropout and which captions are learned; those held out are always the same.
 Learning rates were chosen on the "val" split (`--split val`); what is printed is of "test".
 """
 
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import torch.nn.functional as F
@@ -51,22 +52,22 @@ def colour(caption: str) -> str | None:
     return None if first == second else first if way in ("left", "above") else second
 
 
-def rows(split: str, count: int) -> Rows:
+def rows(split: str, count: int, seed: int = 0) -> Rows:
     """One caption a scene, as many as are wanted."""
     texts: list[str] = []
     index = 0
     while len(texts) < count:
-        scene = sample("hard", 0, split, index)
+        scene = sample("hard", seed, split, index)
         texts += [said for said in captions(scene, "en", stream(scene.key, 2), 1) if colour(said)]
         index += 1
     return texts, torch.tensor([COLOURS.index(str(colour(said))) for said in texts])
 
 
-def base() -> SequenceClassifier:
-    """MiniLM-L6 and a new head, the same one each time."""
+def base(seed: int = 0) -> SequenceClassifier:
+    """MiniLM-L6 and a new head, the same one for a seed."""
     folder = starter.text_folder()
     config = hf.bert_config(hf.config_of(folder))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = SequenceClassifier(config, len(COLOURS))
     io.load(model.text, folder, hf.bert(config))
     return model
@@ -79,27 +80,27 @@ def with_head(model: nn.Module) -> nn.Module:
     return model
 
 
-def with_lora(rank: int) -> nn.Module:
+def with_lora(rank: int, seed: int) -> nn.Module:
     """Query and value projections with LoRA (Hu et al. 2022), as `peft` has it, and the head."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("LoRA needs peft, which is not installed: pip install peft, or leave `lora` out") from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r".*\.attn\.[qv]")
-    return with_head(inject_adapter_in_model(config, base()))
+    return with_head(inject_adapter_in_model(config, base(seed)))
 
 
-def with_prefix(length: int, hidden: int | None = None) -> nn.Module:
-    model = base()
+def with_prefix(length: int, hidden: int | None, seed: int) -> nn.Module:
+    model = base(seed)
     return prefixed(model, Prefix(model.text.stack, length, hidden), HEAD)
 
 
-SIDES: dict[str, tuple[str, float, Callable[[], nn.Module]]] = {
-    "full": ("all weights", 2e-4, lambda: base()),
-    "lora": ("LoRA (`peft`), rank 8 on q and v", 3e-3, lambda: with_lora(8)),
-    "prefix": ("prefix of 16", 1e-1, lambda: with_prefix(16)),
-    "mlp": ("prefix of 16 through an MLP of 384", 1e-3, lambda: with_prefix(16, 384)),
-    "head": ("head alone", 3e-3, lambda: with_head(freeze(base()))),
+SIDES: dict[str, tuple[str, float, Callable[[int], nn.Module]]] = {
+    "full": ("all weights", 2e-4, base),
+    "lora": ("LoRA (`peft`), rank 8 on q and v", 3e-3, lambda seed: with_lora(8, seed)),
+    "prefix": ("prefix of 16", 1e-1, lambda seed: with_prefix(16, None, seed)),
+    "mlp": ("prefix of 16 through an MLP of 384", 1e-3, lambda seed: with_prefix(16, 384, seed)),
+    "head": ("head alone", 3e-3, lambda seed: with_head(freeze(base(seed)))),
 }
 
 
@@ -165,6 +166,7 @@ def settings() -> argparse.Namespace:
     read.add_argument("--steps", type=int, default=150)
     read.add_argument("--batch", type=int, default=16)
     read.add_argument("--held-out", type=int, default=1000)
+    read.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, …")
     read.add_argument("--split", choices=("val", "test"), default="test")
     read.add_argument("--lr", type=float, action="append", help="in place of a side's own, in their order")
     read.add_argument("--threads", type=int, default=2)
@@ -175,61 +177,72 @@ def settings() -> argparse.Namespace:
     return chosen
 
 
-def measure(chosen: argparse.Namespace) -> dict[str, Side]:
+def measure(chosen: argparse.Namespace, seed: int) -> dict[str, Side]:
     """Every side after the same batches, taken in turns."""
     tokenizer = Tokenizer.load(starter.text_folder())
     sides: dict[str, Side] = {}
     for place, name in enumerate(chosen.sides):
         lr = chosen.lr[place] if chosen.lr else SIDES[name][1]
-        sides[name] = Side(SIDES[name][2](), lr, chosen.steps)
-    (texts, labels), held_out = rows("train", chosen.steps * chosen.batch), rows(chosen.split, chosen.held_out)
+        sides[name] = Side(SIDES[name][2](seed), lr, chosen.steps)
+    (texts, labels), held_out = rows("train", chosen.steps * chosen.batch, seed), rows(chosen.split, chosen.held_out)
     names = list(sides)
     for number in range(chosen.steps):
         here = slice(number * chosen.batch, (number + 1) * chosen.batch)
         ids, mask = tokenizer.encode(texts[here])
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            torch.manual_seed(number)
+            torch.manual_seed(seed * chosen.steps + number)
             sides[name].step(ids, mask, labels[here])
         if number + 1 in (chosen.steps // 2, chosen.steps):
             for side in sides.values():
                 side.judge(tokenizer, held_out)
         if (number + 1) % 50 == 0:
             said = ", ".join(f"{name} {sum(side.losses[-50:]) / 50:.3f}" for name, side in sides.items())
-            print(f"step {number + 1}: {said}", flush=True)
+            print(f"seed {seed}, step {number + 1}: {said}", flush=True)
     return sides
 
 
-def table(sides: dict[str, Side], chosen: argparse.Namespace) -> str:
+def table(found: list[dict[str, Side]], chosen: argparse.Namespace) -> str:
     """Markdown: one row a side; times as shares of the first one's, inside each turn."""
-    first = next(iter(sides.values()))
     half = chosen.steps // 2
     lines = [
         f"| trained | weights | file | accuracy after {half} steps | after {chosen.steps} | time of a step |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, side in sides.items():
-        turns = zip(side.seconds[WARMUP:], first.seconds[WARMUP:], strict=True)
-        share = Spread.of(ours / theirs for ours, theirs in turns).median
+    for name, side in found[0].items():
+        turns = [
+            ours / theirs
+            for sides in found
+            for ours, theirs in zip(sides[name].seconds[WARMUP:], sides[chosen.sides[0]].seconds[WARMUP:], strict=True)
+        ]
         count, size = sum(p.numel() for p in side.trained), side.saved(name)
         file = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-        halfway, end = (f"{100 * right:.1f} %" for right in side.right)
-        lines.append(f"| {SIDES[name][0]} | {count:,} | {file} | {halfway} | {end} | {share:.2f} |")
+        halfway, end = (shown([sides[name].right[place] for sides in found]) for place in (0, 1))
+        lines.append(f"| {SIDES[name][0]} | {count:,} | {file} | {halfway} | {end} | {Spread.of(turns).median:.2f} |")
     return "\n".join(lines)
+
+
+def shown(accuracies: list[float]) -> str:
+    """Their mean, and the lowest and highest where there are several."""
+    mean = f"{100 * fmean(accuracies):.1f} %"
+    if len(accuracies) == 1:
+        return mean
+    return f"{mean} ({100 * min(accuracies):.1f}–{100 * max(accuracies):.1f})"
 
 
 def main() -> None:
     chosen = settings()
     torch.set_num_threads(chosen.threads)
     try:
-        sides = measure(chosen)
+        found = [measure(chosen, seed) for seed in range(chosen.seeds)]
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    print(table(sides, chosen))
+    print(table(found, chosen))
     name = chosen.sides[0]
-    rate = f"{1000 * median(sides[name].seconds[WARMUP:]):.0f} ms a step"
+    rate = f"{1000 * median(second for sides in found for second in sides[name].seconds[WARMUP:]):.0f} ms a step"
     held_out = f"{chosen.held_out} held out ({chosen.split})"
-    print(f"\n{chosen.steps} steps of {chosen.batch} captions, {held_out}; {SIDES[name][0]}: {rate}")
+    seeds = f"{chosen.seeds} seeds: mean, lowest and highest; " if chosen.seeds > 1 else ""
+    print(f"\n{seeds}{chosen.steps} steps of {chosen.batch} captions, {held_out}; {SIDES[name][0]}: {rate}")
 
 
 if __name__ == "__main__":

@@ -3,32 +3,82 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from diptych.data import tables
 from diptych.data.readers.faults import Strict, shown
 from diptych.data.readers.source import table_files, text_lines
 from diptych.errors import UserError, nearest
+from diptych.settings import Texts
 
 Unit = Literal["line", "paragraph", "file"]
 LINES = (".jsonl", ".ndjson")
 
 
-def documents(path: str | Path, unit: Unit = "line", column: str = "text", split: str | None = None) -> list[str]:
+def documents(
+    path: str | Path, unit: Unit = "line", column: str = "text", split: str | None = None, limit: int | None = None
+) -> list[str]:
     """Every document, without white space at its ends; empty ones are none.
 
     path: a .txt file, or a folder of them, where a document is a line, a paragraph (between blank lines) or a file, as
     `unit` says; a .jsonl file, parquet or Arrow files, a data set that `save_to_disk` wrote or hf:OWNER/NAME of the
-    hub, where it is what `column` holds. split: of a Hugging Face data set with several. Raises UserError, naming file
-    and row, for what is no text.
+    hub, where it is what `column` holds. split: of a Hugging Face data set with several. limit: so many are read, and
+    no more. Raises UserError, naming file and row, for what is no text.
     """
-    found = [text.strip() for text in _texts(Path(path).expanduser(), str(path), unit, column, split)]
-    found = [text for text in found if text]
+    stripped = (text.strip() for text in _texts(Path(path).expanduser(), str(path), unit, column, split))
+    found = [*islice(filter(None, stripped), limit)]
     if not found:
         raise UserError(f"{path}: no text in it")
     return found
+
+
+class Splits(Mapping[str, list[str]]):
+    """Documents to train on ("train"), to choose by ("val") and to report ("test"), as a recipe names them; what is not
+    asked for is not read."""
+
+    def __init__(self, data: Texts):
+        self._data, self._paths = data, {"val": data.val, "test": data.test}
+
+    def check(self) -> None:
+        """Reads a document of what training does not read: UserError for what can't be read then, and not after."""
+        for path in filter(None, self._paths.values()):
+            self._read(path, 1)
+
+    def __contains__(self, name: object) -> bool:
+        return name == "train" or bool(self._paths.get(str(name))) or (name == "val" and bool(self._held))
+
+    def __getitem__(self, name: str) -> list[str]:
+        if name not in self:
+            raise KeyError(name)
+        if path := self._paths.get(name):
+            return self._read(path, self._data.limit)
+        return [text for i, text in enumerate(self._given) if (i in self._held) == (name == "val")]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in ("train", "val", "test") if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)  # a list would ask for the length first
+
+    @cached_property
+    def _given(self) -> list[str]:
+        """Documents to train on, and those held out of them."""
+        return self._read(self._data.path or "", self._data.limit)
+
+    @cached_property
+    def _held(self) -> frozenset[int]:
+        """Which are held out."""
+        count = 0 if self._data.val else min(self._data.hold_out, len(self._given) // 10)
+        return frozenset(np.random.default_rng(0).permutation(len(self._given))[:count].tolist())
+
+    def _read(self, path: str, limit: int | None) -> list[str]:
+        return documents(path, self._data.unit, self._data.column, self._data.split, limit)
 
 
 def _texts(path: Path, name: str, unit: Unit, column: str, split: str | None) -> Iterator[str]:

@@ -75,7 +75,7 @@ class Prefix(nn.Module):
             keys, values = self.drop(pair.expand(-1, rows, -1, -1, -1))
             kv.append((keys, values))
         mask = torch.ones((rows, self.length), dtype=torch.bool, device=table.device)
-        return Past(kv, mask, torch.arange(-self.length, 0, device=table.device)[None])
+        return Past(kv, mask, torch.arange(-self.length, 0, device=table.device)[None], whole=True)
 
     @torch.no_grad()
     def start_from(self, past: Past) -> None:
@@ -109,7 +109,7 @@ class PrefixedText(TextModel):
         past = Past([]) if past is None else past
         if not past.length:
             found = _begin(self.prefix, self.stack, rows)
-            past.kv, past.mask, past.positions = found.kv, found.mask, found.positions
+            past.kv, past.mask, past.positions, past.whole = found.kv, found.mask, found.positions, found.whole
         return past
 
     def _looks(self, ids: Tensor, mask: Tensor | None, past: Past | None) -> tuple[Tensor | None, Tensor | None]:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.forks import Asked, Forks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SECONDS = 90  # a collective that waits so long has lost a rank
 
 
 def launch(script: str, size: int, folder: Path, *words: str, seconds: int = SECONDS) -> None:
     """Runs `script RANK SIZE FOLDER WORDS…` in `size` processes; a failure or a time-out shows what they said."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     logs = [folder / f"{rank}.log" for rank in range(size)]
-    started = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, script, str(rank), str(size), str(folder), *words]
-        with log.open("w") as out:
-            started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=seconds) for process in started]
-    except subprocess.TimeoutExpired:
-        codes = [process.poll() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    asked = [
+        Asked(script, [str(rank), str(size), str(folder), *words], str(log), str(log)) for rank, log in enumerate(logs)
+    ]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    with Forks(script) as forks:
+        codes = forks.run(asked, seconds)
     said = "\n".join(f"rank {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
     assert codes == [0] * size, f"exit codes {codes} (None: hung)\n{said}"
 
@@ -84,3 +79,14 @@ def tell(splits: Splits, told: Callable[[int, Split], Told]) -> None:
         with joined(rank, size, folder):
             found |= {split: told(rank, split) for split in splits[size]}
     torch.save(found, folder / f"{rank}.pt")
+
+
+def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a data parallel wrapper leaves them, all in one message."""
+    import torch
+    import torch.distributed as dist
+
+    flat = torch.cat([value.flatten() for value in tensors.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in tensors.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(tensors.items(), parts, strict=True)}

@@ -18,8 +18,8 @@ from diptych.checkpoints import starter
 from diptych.data.readers.faults import Fault
 from diptych.errors import UserError
 from diptych.train import processes, skipped
-from tests.distributed import REPOSITORY, launch, started_as
-from tests.e2e.conftest import process
+from tests.distributed import launch, started_as
+from tests.forks import REPOSITORY, diptych
 
 STEPS = 6
 RUN = (
@@ -30,13 +30,8 @@ RUN = (
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def spread(folder: Path, size: int, *more: str) -> subprocess.CompletedProcess[str]:
-    """`diptych train` in `size` processes."""
-    return torchrun(folder, size, "train", *RUN, *more)
-
-
-def torchrun(folder: Path, size: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """`diptych WORDS` in `size` processes."""
+def torchrun(folder: Path, *words: str, size: int) -> subprocess.CompletedProcess[str]:
+    """As `diptych`, by torchrun itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return subprocess.run(
         [*command, "-m", "diptych", *words],
@@ -58,8 +53,8 @@ def home(tmp_path_factory) -> Path:
         pytest.skip(f"{absent}; a run needs weights to start from")
     folder = tmp_path_factory.mktemp("home")
     drawn = ("--train", "30", "--val", "4", "--test", "70", "--unseen", "4", "--size", "32")
-    assert process(folder, "data", "scenes", "pictures", *drawn).returncode == 0
-    trained = process(folder, "train", *RUN, "out=one")
+    assert diptych(folder, "data", "scenes", "pictures", *drawn).returncode == 0
+    trained = diptych(folder, "train", *RUN, "out=one")
     assert trained.returncode == 0, trained.stderr
     return folder
 
@@ -79,18 +74,19 @@ def same(run: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "how", "chunks", "on_with"), [(2, "ddp", 3, [(3, "ddp")]), (3, "fsdp", 2, [(1, "ddp"), (2, "fsdp")])]
+    ("start", "size", "how", "chunks", "on_with"),
+    [(torchrun, 2, "ddp", 3, [(3, "ddp")]), (diptych, 3, "fsdp", 2, [(1, "ddp"), (2, "fsdp")])],
 )
-def test_any_number_of_processes_trains_the_same_and_goes_on_as_another(home, size, how, chunks, on_with):
+def test_any_number_of_processes_trains_the_same_and_goes_on_as_another(home, start, size, how, chunks, on_with):
     """The batch of 9 is uneven over 2 and over chunks, and ITM and LM take shares of it. What goes on has no chunks."""
-    run = home / how
-    made = spread(home, size, f"out={how}", f"train.parallel={how}", f"train.accumulate={chunks}")
+    run, settings = home / how, ("train", *RUN, f"out={how}")
+    made = start(home, *settings, f"train.parallel={how}", f"train.accumulate={chunks}", size=size)
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("The run is in") == 1 and "find_unused" not in made.stderr
     same(run, home / "one")
     for number, parallel in on_with:
         shutil.rmtree(run / f"checkpoints/{STEPS:08d}")  # as if it had been killed after 4 steps
-        again = spread(home, number, f"out={how}", "--resume", f"train.parallel={parallel}")
+        again = diptych(home, *settings, "--resume", f"train.parallel={parallel}", size=number)
         assert again.returncode == 0, again.stderr
         assert "after step 4" in again.stdout
         same(run, home / "one")
@@ -102,7 +98,7 @@ def test_a_rank_that_meets_a_bad_picture_and_an_objective_that_is_off_hold_nobod
     bad = home / "broken/images" / listed[7]["file_name"]
     bad.write_bytes(bad.read_bytes()[:60])
     more = ("data.path=broken", "data.cache=none", "data.on_bad=skip", "objectives.itm=0", "train.steps=4")
-    made = spread(home, 2, *more, "out=holed")
+    made = diptych(home, "train", *RUN, *more, "out=holed", size=2)
     assert made.returncode == 0, made.stderr
     faults = skipped.read(home / "holed")
     assert [type(fault) for fault in faults] == [Fault] and bad.name in faults[0].message
@@ -117,7 +113,7 @@ def test_an_evaluation_is_shared_out_to_the_same_results(home):
     (run / "settings.yaml").write_text(settings.replace("cache: disk", "cache: memory"))
     found = []
     for size in (1, 3):
-        told = torchrun(home, size, "eval", str(run))
+        told = diptych(home, "eval", str(run), size=size)
         assert told.returncode == 0, told.stderr
         assert told.stdout.count("report: ") == told.stdout.count("ranked by ITC") == 1
         found.append((run / "results.json").read_text())
@@ -125,7 +121,7 @@ def test_an_evaluation_is_shared_out_to_the_same_results(home):
 
 
 def test_what_several_processes_cannot_do_is_one_line(home):
-    made = spread(home, 2, "data.cache=memory", "out=never")
+    made = torchrun(home, "train", *RUN, "data.cache=memory", "out=never", size=2)
     assert made.returncode != 0 and "give data.cache=disk, which they share" in made.stderr
     assert made.stderr.startswith("diptych") and made.stderr.count("Traceback") == 1  # torchrun's own, that one ended
     assert not (home / "never").exists()
@@ -144,7 +140,7 @@ def hang(rank: int, size: int, folder: Path) -> None:
         with processes.joined(3):
             processes.wait()
             processes.at(6 - rank)
-            processes.wait() if rank == 0 else time.sleep(8)
+            processes.wait() if rank == 0 else time.sleep(5)
     except UserError as error:
         (folder / "told.txt").write_text(str(error))
 

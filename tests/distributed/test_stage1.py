@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diptych.core.config import StackConfig
@@ -22,7 +21,7 @@ from diptych.models.vision import VisionConfig, VisionTransformer
 from diptych.objectives.gather import gather
 from diptych.train.accumulate import backward
 from diptych.train.programs import Stage1, Stage1Objectives
-from tests.distributed import found_by, tell
+from tests.distributed import averaged, found_by, tell
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 ROWS = 6
@@ -103,14 +102,6 @@ def story(rows: PairBatch, case: Case) -> tuple[dict[str, Tensor], dict[str, Ten
         made.draw = lambda weights, _, stream: numbers[stream]
     losses = backward(made, made, rows, case.chunks, torch.amp.GradScaler("cpu", enabled=False), nullcontext)
     return losses, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
-
-
-def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As a data parallel wrapper leaves them, all in one message."""
-    flat = torch.cat([value.flatten() for value in tensors.values()])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([value.numel() for value in tensors.values()])
-    return {name: part.view_as(value) for (name, value), part in zip(tensors.items(), parts, strict=True)}
 
 
 def told(rank: int, split: tuple[int, ...]) -> dict[str, Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diptych.checkpoints import starter
 from diptych.errors import UserError
+from tests.forks import diptych as process
 
 PICTURES = ("--train", "48", "--val", "8", "--test", "12", "--unseen", "4", "--size", "64")
 SMALL = (
@@ -34,8 +33,3 @@ def home(tmp_path_factory) -> Path:
     assert trained.returncode == 0, trained.stderr
     (folder / "told.txt").write_text(trained.stdout)
     return folder
-
-
-def process(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diptych", *args]
-    return subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=300)

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych import config
-from diptych.config import Encoder, Stage1Settings
 from diptych.core.surgery import freeze
 from diptych.data.records import Record
+from diptych.settings import Encoder, Stage1Settings
 from diptych.text.tokenizer import Tokenizer
 from diptych.train import cost as costs
 from diptych.train.build import Built, build

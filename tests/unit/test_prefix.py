@@ -136,6 +136,27 @@ def test_a_prefix_then_a_prompt_then_a_cache(kind):
             torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "roberta"])
+def test_nothing_is_masked_where_nothing_is_padded(kind):
+    """As without a prefix: a kernel is faster without a mask, and a prefix is whole. The numbers are a mask's."""
+    model, masks = behind(TextModel(KINDS[kind])), []
+    for block in model.stack.blocks:
+        plain = block.attn.attend
+        block.attn.attend = lambda q, k, v, mask, *rest, plain=plain: (masks.append(mask), plain(q, k, v, mask, *rest))[
+            1
+        ]
+    ids = torch.tensor([[5, 7, 11, 4], [12, 3, 8, 2]])
+    found, wanted = [], []
+    for states, mask in ((found, None), (wanted, torch.ones_like(ids))):
+        past = Past.empty(2)
+        for piece in (ids[:, :3], ids[:, 3:]):
+            masks.clear()
+            states.append(model(piece, None if mask is None else mask[:, : piece.shape[1]], past=past))
+        assert past.length == LENGTH + 4 and past.whole == (mask is None)
+        assert [seen is None for seen in masks] == [mask is None] * 2
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
 def test_documents_side_by_side_all_see_the_prefix():
     """A mask of which token may look at which leaves the prefix out."""
     model = behind(TextModel(GPT2))

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from diptych.core.config import StackConfig
-from diptych.data.documents import documents
+from diptych.data.documents import Splits, documents
 from diptych.data.texts import Corpus, Row, TextBatch, TextSteps, batch_of
 from diptych.errors import UserError
 from diptych.models.heads import LanguageModel
 from diptych.models.language import TextConfig
 from diptych.objectives import masking
+from diptych.settings import Texts
 from diptych.text.subwords import Pieces
 from diptych.train.accumulate import backward
 from diptych.train.language import CausalLM, MaskedLM, PrefixLM, TextProgram
@@ -120,6 +121,30 @@ def test_what_is_no_text_is_said(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"no \.txt file in this folder"):
         documents(tmp_path / "none")
+
+
+def test_a_split_is_read_when_it_is_asked_for(tmp_path):
+    """Train without a look at the others, but for their first documents; a split by name without train."""
+    (tmp_path / "train.txt").write_text("\n".join(f"text {i}" for i in range(35)))
+    (tmp_path / "good.jsonl").write_text('{"text": " "}\n{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
+    train, good, bad = (str(tmp_path / name) for name in ("train.txt", "good.jsonl", "bad.jsonl"))
+    parts = Splits(Texts(path=train, test=good, hold_out=9))
+    parts.check()
+    assert [*parts] == ["train", "val", "test"] and len(parts) == 3
+    assert len(parts["val"]) == 3  # a tenth at most
+    assert sorted([*parts["train"], *parts["val"]]) == sorted(f"text {i}" for i in range(35))
+    assert parts["val"] == sorted(parts["val"], key=lambda text: int(text[5:]))
+    with pytest.raises(UserError, match="good.jsonl, line 3: 3 is no text"):
+        parts["test"]
+    with pytest.raises(UserError, match="bad.jsonl, line 1: 3 is no text"):
+        Splits(Texts(path=train, val=bad, test=good)).check()
+    parts = Splits(Texts(path="nowhere", test=good, hold_out=9, limit=1))
+    assert "test" in parts and parts["test"] == ["a"]  # the first that is no white space; nothing beyond it is read
+    parts = Splits(Texts(path=train, limit=8, hold_out=9))
+    assert [*parts] == ["train"] and parts["train"] == [f"text {i}" for i in range(8)]
+    with pytest.raises(KeyError):
+        parts["val"]
 
 
 # Rows and steps.
