@@ -155,6 +155,9 @@ def text_tower(model: DualEncoder, longest: int) -> Tower:
 
     if longest <= LEAST:
         raise UserError(f"longest: {longest} tokens; a text is its two ends and something between")
+    tells = isinstance(model.text, FilledTextTower) or isinstance(model.text.encoder, TextModel)
+    if tells and longest > context_length(model.text):
+        raise UserError(f"longest: {longest} tokens, and the text tower knows {context_length(model.text)} positions")
     module, few = Texts(model), min(5, longest - 1)
     shared = {0: Dim("batch"), 1: Dim("tokens", min=LEAST, max=longest)}
     program = _traced(module, _ids(3, few), {"ids": shared, "mask": shared}, "text")
@@ -174,7 +177,7 @@ def _cell(encoder: nn.Module) -> int | None:
 
 def _with_plain_padding(module: nn.Module) -> nn.Module:
     """TensorFlow's padding depends on how large a picture is, and does not where sides are multiples of all strides: in
-    what is given back its convolutions are plain ones behind a border. (Over the general case torch reasons for hours.)
+    what is given back its convolutions are plain ones behind a border. (The general case did not end in 15 minutes.)
     """
     from timm.layers import Conv2dSame
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diptych.objectives.chunked import wide
 from diptych.objectives.targets import Targets
 
 
@@ -16,10 +17,8 @@ def similarity(pictures: Tensor, texts: Tensor) -> Tensor:
 
     BLIP-2 (Li et al. 2023, §3.1) takes the maximum over queries in both directions.
     """
-    wide = torch.promote_types(pictures.dtype, torch.float32)
-    # never in half precision: over a temperature of 0.02, bfloat16's steps in a cosine would be 0.2 in a logit
     with torch.autocast(pictures.device.type, enabled=False):
-        pictures, texts = pictures.to(wide), texts.to(wide)
+        pictures, texts = wide(pictures), wide(texts)
         if pictures.dim() == 2:
             return pictures @ texts.T
         # one plain matrix product; the maximum's gradient goes to one query
