@@ -189,7 +189,7 @@ def _assembled(
         if chosen.frozen:
             freeze(tower.encoder)
     objectives = ContrastObjectives(**settings.objectives.model_dump(exclude={"teacher"}))
-    program = Contrast(model, objectives, settings.train.seed, teacher)
+    program = Contrast(model, objectives, teacher)
     if guest is not None and not is_frozen(guest) and _has_weights(settings.image_encoder):
         program.started = _started("model.image.encoder.", guest)
     return BuiltClip(program, words, config)

@@ -87,10 +87,9 @@ class Contrast(Program):
         self,
         model: DualEncoder,
         objectives: ContrastObjectives,
-        seed: int = 0,
         teacher: DualEncoder | None = None,
     ):
-        """seed: of draws, of which contrast has none. teacher: a trained model to learn from, with the same tokenizer
+        """teacher: a trained model to learn from, with the same tokenizer
         and pictures of the same size; frozen."""
         super().__init__()
         self.model, self.objectives = model, objectives
