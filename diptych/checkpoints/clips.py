@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diptych.checkpoints import hf, hf_clip, io, openai, openclip
 from diptych.checkpoints.rules import Table
-from diptych.errors import UserError
 from diptych.models.clip import ClipConfig, DualEncoder
 from diptych.models.resnet import ResNetConfig
 from diptych.models.specs import spec_of_hugging_face, spec_of_open_clip
 from diptych.models.vision import ImageSpec, VisionConfig
+from diptych.text.bpe import read_json
 
-OPEN_CLIP, PICTURES = "open_clip_config.json", "preprocessor_config.json"
+OPEN_CLIP, OPEN_CLIP_WEIGHTS = openclip.FOLDER
+PICTURES = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Found:
 
     def fill(self, model: DualEncoder) -> list[str]:
         """Reads its weights into a model of its config, and says what was left out or stretched."""
-        weights = self.place / openclip.FOLDER[1]
+        weights = self.place / OPEN_CLIP_WEIGHTS
         return io.load(model, weights if weights.is_file() else self.place, self.table)
 
 
@@ -51,7 +50,7 @@ def _openai(file: Path) -> Found:
 
 
 def _openclip(folder: Path) -> Found:
-    theirs = _json(folder / OPEN_CLIP)
+    theirs = read_json(folder / OPEN_CLIP)
     model = theirs.get("model_cfg", theirs)
     has_words = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
     words = str(folder) if has_words else "clip"
@@ -61,7 +60,7 @@ def _openclip(folder: Path) -> Found:
 def _hugging_face(folder: Path) -> Found:
     config = hf_clip.config(hf.config_of(folder))
     figures, plain = folder / PICTURES, ImageSpec(_size(config), fit="crop")
-    spec = spec_of_hugging_face(_json(figures)) if figures.is_file() else plain
+    spec = spec_of_hugging_face(read_json(figures)) if figures.is_file() else plain
     return Found(folder, config, hf_clip.clip(config), spec, str(folder))
 
 
@@ -69,13 +68,3 @@ def _size(config: ClipConfig) -> int:
     """Of the pictures that a model was trained on, a side in pixels."""
     image = config.image
     return image.image_size if isinstance(image, VisionConfig | ResNetConfig) else 224
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: can't be read as JSON ({type(error).__name__})") from None
-    if not isinstance(held, dict):
-        raise UserError(f"{file}: a JSON object is wanted")
-    return held

@@ -30,12 +30,11 @@ SIGLIP_START = (10.0, -10.0)  # scale and bias (Zhai et al. 2023, §3.2)
 
 def config(theirs: Any) -> ClipConfig:
     """`CLIPConfig`, `SiglipConfig` or `VisionTextDualEncoderConfig` → ours; UserError for others."""
-    kinds = {"clip": _clip, "siglip": _siglip, "vision-text-dual-encoder": _dual}
     if theirs.model_type == "siglip2":
         raise UserError("a Siglip2Model takes pictures of any shape, patch by patch, which ours does not")
-    if theirs.model_type not in kinds:
-        raise UserError(f"a model of type '{theirs.model_type}' is none of {', '.join(kinds)}")
-    return kinds[theirs.model_type](theirs)
+    if theirs.model_type not in KINDS:
+        raise UserError(f"a model of type '{theirs.model_type}' is none of {', '.join(KINDS)}")
+    return KINDS[theirs.model_type](theirs)
 
 
 def _clip(theirs: Any) -> ClipConfig:
@@ -86,6 +85,9 @@ def _dual(theirs: Any) -> ClipConfig:
         image(vision), words(text), theirs.projection_dim, image_pool, text_pool,
         end_id=_end(text) if text_pool == "end" else None, scale=math.exp(theirs.logit_scale_init_value),
     )  # fmt: skip
+
+
+KINDS = {"clip": _clip, "siglip": _siglip, "vision-text-dual-encoder": _dual}  # by the model_type of a config.json
 
 
 def clip(config: ClipConfig) -> Table:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from diptych.checkpoints import openai
 from diptych.checkpoints.bert import BLOCK, CROSS, QUERY_FEED_FORWARD, head
 from diptych.checkpoints.rules import FUSED, Rule, Square, Table, leading
 from diptych.core.config import StackConfig
@@ -102,23 +103,8 @@ def eva(config: VisionConfig) -> Table:
 
 
 def clip(config: VisionConfig) -> Table:
-    """`clip_vit.VisionTransformer` ↔ `VisionTransformer`."""
-    theirs, ours = "transformer.resblocks.{i}.", "stack.blocks.{i}."
-    fused = tuple(ours + f"attn.{x}." for x in "qkv")
-    rules = (
-        Rule("class_embedding", "class_token"),
-        Rule("positional_embedding", "position"),
-        Rule("conv1.weight", "patches.weight"),
-        Rule("ln_pre.{p}", "norm.{p}"),
-        Rule(theirs + "ln_1.{p}", ours + "attn_residual.norm.{p}"),
-        Rule(theirs + "attn.in_proj_{p}", tuple(name + "{p}" for name in fused), FUSED),
-        Rule(theirs + "attn.out_proj.{p}", ours + "attn.o.{p}"),
-        Rule(theirs + "ln_2.{p}", ours + "mlp_residual.norm.{p}"),
-        Rule(theirs + "mlp.c_fc.{p}", ours + "mlp.up.{p}"),
-        Rule(theirs + "mlp.c_proj.{p}", ours + "mlp.down.{p}"),
-    )
-    squares = {"position": Square(1, align_corners=True)}
-    return Table(rules, {"i": range(config.stack.layers)}, squares=squares)
+    """`clip_vit.VisionTransformer` ↔ `VisionTransformer`: OpenAI's names."""
+    return replace(openai.vit(config), squares={"position": Square(1, align_corners=True)})
 
 
 def tower(config: VisionConfig) -> Table:

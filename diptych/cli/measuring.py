@@ -101,13 +101,10 @@ def health(run: Path, split: str | None, limit: int, out: Path | None, as_json: 
 
     def measure(model: Any) -> dict[str, Any]:
         from diptych.train.paired import splits
-        from diptych.train.run import settings_of
+        from diptych.train.run import settings_of, split_of
 
         parts = splits(settings_of(run))
-        name = split or ("test" if "test" in parts else "val")
-        if name not in parts:
-            raise UserError(f"{run}: the run has no split '{name}'; it has {', '.join(parts)}")
-        records = parts[name][:limit]
+        records = parts[split_of(run, parts, split)][:limit]
         texts = [text for record in records for text in record.captions]
         owners = [place for place, record in enumerate(records) for _ in record.captions]
         return health.health(model, [record.image for record in records], texts, owners)

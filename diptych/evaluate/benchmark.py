@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from diptych.data.pictures import as_rgb
 from diptych.data.transforms import Transform, normalised
 from diptych.errors import UserError
-from diptych.evaluate.towers import TwoTowers, Words
+from diptych.evaluate.towers import TwoTowers
 from diptych.models.clip import DualEncoder
+from diptych.text.tokenizer import Words
 
 
 class BenchmarkModel(nn.Module):

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diptych.checkpoints.export import CARD, session, size
 from diptych.checkpoints.texts import open_words
-from diptych.data.pictures import as_rgb, open_picture
 from diptych.data.records import Record
 from diptych.data.transforms import transform
 from diptych.errors import UserError
 from diptych.evaluate import embed
-from diptych.evaluate.inference import Picture, by_length
 from diptych.evaluate.retrieval import KS, retrieval
+from diptych.evaluate.towers import Towers
 from diptych.models.vision import ImageSpec
 from diptych.objectives.contrastive import similarity
 from diptych.text.tokenizer import Words
@@ -32,9 +30,9 @@ TOWERS = ("image", "text")
 FIGURES = tuple(ImageSpec.__dataclass_fields__)
 
 
-class Exported:
+class Exported(Towers):
     """As `TwoTowers`, of a folder. Every result is the same for any `batch`, but for rounding; of int8 towers it is
-    not, for the range of what is rounded to 8 bits is the whole batch's. Pictures are paths or PIL images.
+    not, for the range of what is rounded to 8 bits is the whole batch's.
 
     int8: the towers of 8 bits, which the folder must have. tokenizer: where the folder has none.
     """
@@ -48,41 +46,18 @@ class Exported:
             raise UserError(f"{folder}: exported without a tokenizer; give the model's own")
         self.tokenizer = tokenizer or open_words(folder)
         self.max_tokens = self.card["text"]["longest"]
-        self.transform = transform(_spec(self.card["image"]))
+        self.transform = transform(ImageSpec.of(self.card["image"]))
         self._image, self._text = (_opened(folder, self.card, name, int8) for name in TOWERS)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """(P, 3, H, W) uint8, as `transform` makes them → (P, E), unit length, float32."""
         return self._image(pixels)
 
-    def embed_images(self, pictures: Sequence[Picture], batch: int = 32) -> Tensor:
-        """(P, E), unit length, float32."""
-        found = []
-        for start in range(0, len(pictures), batch):
-            chosen = pictures[start : start + batch]
-            opened = [as_rgb(p) if isinstance(p, Image.Image) else open_picture(p) for p in chosen]
-            found.append(self.embed_pixels(torch.stack([self.transform(picture) for picture in opened])))
-        return torch.cat(found)
-
-    def embed_texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
-        """(R, E), unit length, float32. Texts of like length are run together; the result is in the order given."""
-
-        def run(some: list[str]) -> Tensor:
-            return self._text(*self.tokenizer.encode(some, self.max_tokens))
-
-        return by_length(texts, self.tokenizer.rows(list(texts), self.max_tokens), run, batch)
-
-    def similarity(self, pictures: Sequence[Picture], texts: Sequence[str]) -> Tensor:
-        """(P, R) cosines."""
-        return similarity(self.embed_images(pictures), self.embed_texts(texts))
+    def embed_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self._text(ids, mask)
 
     def logits(self, pictures: Tensor, texts: Tensor) -> Tensor:
         """Unit vectors (P, E), (R, E) → (P, R): scale · cosine + bias."""
         return self.card["scale"] * similarity(pictures, texts) + (self.card["bias"] or 0.0)
-
-    def match(self, picture: Picture, texts: Sequence[str]) -> list[dict[str, float]]:
-        """For each text `itc`, the cosine with the picture."""
-        return [{"itc": float(cosine)} for cosine in self.similarity([picture], texts)[0]]
 
 
 def int8_cost(folder: str | Path, records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -149,12 +124,6 @@ def _card(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{file}: can't be read as what an export says of itself; export again")
-
-
-def _spec(held: dict[str, Any]) -> ImageSpec:
-    figures: dict[str, Any] = {name: held[name] for name in FIGURES}
-    figures = {name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()}
-    return ImageSpec(**figures)
 
 
 def _file(folder: Path, card: dict[str, Any], name: str, int8: bool) -> Path:

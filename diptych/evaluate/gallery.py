@@ -14,13 +14,14 @@ from torch import Tensor
 
 from diptych.data.pairs import number
 from diptych.data.records import Record
+from diptych.evaluate.embed import PICTURES, TEXTS, cut
 from diptych.evaluate.inference import PictureText
 from diptych.evaluate.retrieval import Protocol, Reranked, rerank, retrieval
 from diptych.generate import Search
 from diptych.objectives import gather
 from diptych.objectives.contrastive import similarity
 
-PICTURES, TEXTS, CAPTIONED = 64, 1024, 32  # that one process takes at a time
+CAPTIONED = 32  # that one process takes at a time
 
 
 @dataclass
@@ -45,9 +46,8 @@ class Gallery:
 
 def similarities(model: PictureText, gallery: Gallery) -> Tensor:
     """(I, T) ITC cosines, the means over a picture's views."""
-    texts = [gallery.texts[start : start + TEXTS] for start in range(0, len(gallery.texts), TEXTS)]
     pictures = gather.shared(gallery.tokens.split(PICTURES), lambda part: model.embed_tokens(part).cpu())
-    embedded = gather.shared(texts, lambda part: model.embed_texts(part).cpu())
+    embedded = gather.shared(cut(gallery.texts, TEXTS), lambda part: model.embed_texts(part).cpu())
     seen, spoken = torch.cat(pictures).to(model.device), torch.cat(embedded).to(model.device)
     return torch.stack([similarity(seen[view :: gallery.views], spoken) for view in range(gallery.views)]).mean(0)
 

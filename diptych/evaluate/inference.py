@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diptych.core.memory import Memory, Past
 from diptych.data.pictures import as_rgb, open_picture
-from diptych.data.transforms import normalised, transform
+from diptych.data.transforms import Transform, normalised, transform
 from diptych.errors import UserError
 from diptych.generate import Search, generate
 from diptych.models.blip2 import Stage1Model
@@ -25,6 +25,12 @@ from diptych.objectives.language import by_caption, caption_loss
 from diptych.text.tokenizer import Tokenizer
 
 Picture = str | Path | Image.Image
+
+
+def pixels_of(pictures: Sequence[Picture], transform: Transform) -> Tensor:
+    """(P, 3, H, W) uint8, opened where they are paths, and as `transform` makes them."""
+    opened = [as_rgb(p) if isinstance(p, Image.Image) else open_picture(p) for p in pictures]
+    return torch.stack([transform(picture) for picture in opened])
 
 
 def by_length(
@@ -74,9 +80,7 @@ class PictureText:
     def image_tokens(self, pictures: Sequence[Picture], batch: int = 32) -> Iterator[ImageTokens]:
         """The image encoder's tokens, `batch` pictures at a time."""
         for start in range(0, len(pictures), batch):
-            chosen = pictures[start : start + batch]
-            opened = [as_rgb(p) if isinstance(p, Image.Image) else open_picture(p) for p in chosen]
-            pixels = torch.stack([self.transform(picture) for picture in opened])
+            pixels = pixels_of(pictures[start : start + batch], self.transform)
             yield self.image_encoder(normalised(pixels.to(self.device), self.image_encoder.spec))
 
     def embed_images(self, pictures: Sequence[Picture], batch: int = 32) -> Tensor:

@@ -18,7 +18,7 @@ from diptych.core.block import MLP
 from diptych.core.config import StackConfig
 from diptych.errors import UserError
 from diptych.models import language
-from diptych.models.heads import Pooler
+from diptych.models.heads import Pooler, last_of
 from diptych.models.language import TextConfig, TextModel
 from diptych.models.resnet import ModifiedResNet, ResNetConfig, ResNetPool
 from diptych.models.timm_tower import TimmConfig, TimmTrunk
@@ -110,10 +110,7 @@ class LastToken(nn.Module):
     """The last real token's state."""
 
     def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
-            return hidden[:, -1]
-        place = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
-        return hidden[torch.arange(place.shape[0], device=place.device), place]
+        return last_of(hidden, mask)
 
 
 class MeanToken(nn.Module):

@@ -43,11 +43,16 @@ class LastToken(nn.Module):
     """GPT-2's classifiers': the last real token's state. (B, T, D), mask (B, T) → (B, D)."""
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
-            return hidden[:, -1]
-        place = torch.arange(mask.shape[1], device=mask.device)
-        last = torch.where(mask.bool(), place, 0).amax(1)
-        return hidden[torch.arange(len(last), device=mask.device), last]
+        return last_of(hidden, mask)
+
+
+def last_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """States (B, T, D), mask (B, T) → (B, D): each row's last real one."""
+    if mask is None:
+        return hidden[:, -1]
+    last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
+    rows = torch.arange(last.shape[0], device=mask.device)  # an exported program takes len() for a constant
+    return hidden[rows, last]
 
 
 def bert_head(words: nn.Embedding, stack: StackConfig) -> LanguageHead:

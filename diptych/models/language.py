@@ -5,8 +5,9 @@ B batch, T tokens, n tokens that came before (a `Past`), D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ class TextConfig:
     pad_id: int | None = 0
     count_from: int | None = None
     relative: Literal["relative_key", "relative_key_query"] | None = None
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Self:
+        """As `asdict` left it. KeyError or TypeError for what is none."""
+        figures: dict[str, Any] = {**held, "stack": StackConfig(**held["stack"])}
+        return cls(**figures)
 
 
 class TextModel(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.errors import UserError
-from diptych.models.vision import ImageSpec, ImageTokens
+from diptych.models.vision import ImageTokens, ends_with_channels, timm_spec
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,13 @@ class TimmTrunk(nn.Module):
 
     def __init__(self, config: TimmConfig):
         super().__init__()
-        import timm.data
-
         self.config, self.model = config, timm_model(config)
-        settings = timm.data.resolve_model_data_config(self.model)
-        self.spec = ImageSpec(
-            settings["input_size"][-1], settings["mean"], settings["std"], settings["interpolation"], "crop",
-            settings["crop_pct"],
-        )  # fmt: skip
+        self.spec = timm_spec(self.model)
         self.width = self.model.num_features
         self.pooled_width = config.classes or getattr(self.model, "head_hidden_size", None) or self.width
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
         self.gives_map = self.model.default_cfg.get("pool_size") is not None
-        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        self.channels_last = ends_with_channels(self.model)
 
     def forward(self, pixels: Tensor) -> ImageTokens:
         x = self.model.forward_features(pixels)

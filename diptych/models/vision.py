@@ -5,9 +5,10 @@ B batch, N tokens (prefix tokens first, then the grid row by row), D width, h ×
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,13 @@ class ImageSpec:
     crop_share: float = 1.0
     fill: tuple[int, int, int] = (0, 0, 0)
     crop_from: Literal["even", "down"] = "even"
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Self:
+        """As `asdict` and JSON left it, among whatever else. KeyError for a figure that is not there."""
+        told: dict[str, Any] = {name: held[name] for name in cls.__dataclass_fields__}
+        figures: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in told.items()}
+        return cls(**figures)
 
 
 class ImageEncoder(Protocol):
@@ -166,18 +174,13 @@ class TimmEncoder(nn.Module):
     def __init__(self, name: str, size: int | None = None, stage: int | None = None):
         super().__init__()
         import timm
-        import timm.data
 
         self.model = timm.create_model(name, pretrained=False, num_classes=0)
-        settings = timm.data.resolve_model_data_config(self.model)
-        side = size or settings["input_size"][-1]
-        self.spec = ImageSpec(
-            side, settings["mean"], settings["std"], settings["interpolation"], "crop", settings["crop_pct"]
-        )
+        self.spec = timm_spec(self.model, size)
         self.stage = stage
         self.width = self.model.num_features if stage is None else _stage_width(self.model, name, stage)
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
-        self.channels_last = _ends_with_channels(self.model)
+        self.channels_last = ends_with_channels(self.model)
 
     def forward(self, pixels: Tensor) -> ImageTokens:
         if self.stage is not None:
@@ -189,6 +192,15 @@ class TimmEncoder(nn.Module):
         if x.dim() == 3:
             return ImageTokens(x, _grid(x.shape[1] - self.prefix, pixels), self.prefix)
         return _cells(x.permute(0, 3, 1, 2) if self.channels_last else x)
+
+
+def timm_spec(model: nn.Module, size: int | None = None) -> ImageSpec:
+    """How a timm model's pictures are prepared. size: side in pixels when not its own."""
+    import timm.data
+
+    told = timm.data.resolve_model_data_config(model)
+    side = size or told["input_size"][-1]
+    return ImageSpec(side, told["mean"], told["std"], told["interpolation"], "crop", told["crop_pct"])
 
 
 def _stage_width(model: nn.Module, name: str, stage: int) -> int:
@@ -230,7 +242,7 @@ def _evenly(side: int) -> Tensor:
     return torch.linspace(0, 16, side)
 
 
-def _ends_with_channels(model: nn.Module) -> bool:
+def ends_with_channels(model: nn.Module) -> bool:
     """Whether a timm tower's feature map is (B, h, w, D), as Swin's is, and not (B, D, h, w)."""
     return getattr(model, "output_fmt", "NCHW") == "NHWC"
 

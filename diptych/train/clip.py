@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.checkpoints import clips, io, starter, texts
 from diptych.core.config import StackConfig
@@ -36,13 +35,11 @@ from diptych.train.encoders import check_weights, image_encoder
 from diptych.train.family import Made
 from diptych.train.features import embedded
 from diptych.train.loop import device
-from diptych.train.texts import fresh
+from diptych.train.texts import SHAPE, fresh
 from diptych.train.validation import Recalls
 from diptych.train.watch import Silent, Watch
 
 Say = Callable[[str], object]
-SHAPE = "model.json"  # of a run: the figures of its towers
-COUNTED = 2  # rows that FLOPs are counted of
 ADVICE = "text_encoder.tokenizer=FOLDER, and text_encoder.start=FOLDER of a BERT that has it"
 
 
@@ -109,7 +106,7 @@ def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) 
     vocabulary is trimmed to where settings say so."""
     torch.manual_seed(settings.train.seed)
     if settings.model.start:
-        return _continued(settings, settings.model.start, say)
+        return continued(settings, clips.find(settings.model.start), say)
     chosen = settings.text_encoder
     if chosen.start == "random":
         words = texts.open_words(chosen.tokenizer or starter.text_folder())
@@ -128,13 +125,12 @@ def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) 
     return built
 
 
-def _continued(settings: ClipSettings, start: str, say: Say) -> BuiltClip:
+def continued(settings: ClipSettings, found: clips.Found, say: Say) -> BuiltClip:
     """A whole model, both of whose towers a checkpoint gives."""
-    found = clips.find(start)
     built = _assembled(
         settings, found.config, texts.open_words(settings.text_encoder.tokenizer or found.words), found.spec
     )
-    for line in [*found.fill(built.model), f"started from {start}"]:
+    for line in [*found.fill(built.model), f"started from {settings.model.start}"]:
         say(line)
     for tower in ("image", "text"):
         built.program.started |= _started(f"model.{tower}.encoder.", getattr(built.model, tower).encoder)
@@ -215,9 +211,9 @@ def _kept(folder: Path) -> tuple[ClipConfig, ImageSpec]:
     """The figures of a run's towers, and how its pictures are prepared."""
     try:
         held = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
-        config, spec = held["config"], {name: _tuples(value) for name, value in held["spec"].items()}
-        text = TextConfig(StackConfig(**config["text"].pop("stack")), **config.pop("text"))
-        return ClipConfig(image=_image(config.pop("image")), text=text, **config), ImageSpec(**spec)
+        config: dict[str, Any] = held["config"]
+        config |= {"image": _image(config["image"]), "text": TextConfig.of(config["text"])}
+        return ClipConfig(**config), ImageSpec.of(held["spec"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SHAPE}: can't be read as a model's figures ({type(error).__name__})") from None
 
@@ -239,13 +235,8 @@ def _tuples(value: Any) -> Any:
 
 def work(program: Contrast, tokens: int, is_kept: bool) -> float:
     """FLOPs of a row with a caption of so many tokens, forward and backward. is_kept: pictures' features are."""
-    was_training = program.training
-    program.train()
-    with gather.alone(), FlopCounterMode(display=False) as counter:
-        program(random_batch(program, tokens, COUNTED, is_kept))["loss"].backward()
-    program.zero_grad(set_to_none=True)
-    program.train(was_training)
-    return counter.get_total_flops() / COUNTED
+    with gather.alone():
+        return step_cost.flops(program, random_batch(program, tokens, step_cost.COUNTED, is_kept))
 
 
 @torch.no_grad()
@@ -259,11 +250,7 @@ def random_batch(program: Contrast, tokens: int, rows: int, is_kept: bool = Fals
     batch = PairBatch(ids, torch.ones_like(ids), names, names, pixels=pixels).to(place)
     if not is_kept:
         return batch
-    return replace(batch, pixels=None, tokens=_tokens(model.image.encoder, pixels.to(place)))
-
-
-def _tokens(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    return encoder(pixels.float()).tokens
+    return replace(batch, pixels=None, tokens=model.image.encoder(pixels.to(place, torch.float32)).tokens)
 
 
 def step(settings: ClipSettings) -> dict[str, Any]:

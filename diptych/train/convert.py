@@ -11,14 +11,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints import clips, hf, hf_blip2, io, lavis
+from diptych.checkpoints import clips, hf, hf_blip2, hf_clip, io, lavis
 from diptych.checkpoints.texts import FAMILIES
 from diptych.errors import UserError, nearest
 from diptych.models.blip2 import Stage1Config
@@ -27,12 +27,12 @@ from diptych.settings import ClipSettings, Encoder, QFormer, Stage1Settings, Tex
 from diptych.train import convert_clip, convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
+from diptych.train.opened import Opened
 from diptych.train.run import reopen, write_untrained
 from diptych.train.wise import interpolate
 
 Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "openai", "openclip", "diptych")
-DUAL = ("clip", "siglip", "vision-text-dual-encoder")  # by the model_type of a config.json
 TOWER_FILE = "image_encoder.safetensors"
 LAVIS_WORDS = 30523  # bert-base-uncased's and [DEC]
 TENSOR_FILES = (".pth", ".pt", ".safetensors")
@@ -53,19 +53,13 @@ class Choices:
     image_heads: int | None = None
 
 
-@dataclass
-class Opened:
-    """A source as a run has it: its settings, what they build, filled; and what is to be said of it."""
+OpenedStage1 = Opened[Stage1Settings, Built]
 
-    settings: Stage1Settings
-    built: Built
-    notes: list[str] = field(default_factory=list)
 
-    @property
-    def both(self) -> nn.ModuleDict:
-        """Tower and model under the names that the key tables know."""
-        program = self.built.program
-        return nn.ModuleDict({"image_encoder": program.image_encoder, "model": program.model})
+def both(opened: OpenedStage1) -> nn.ModuleDict:
+    """Tower and model under the names that the key tables know."""
+    program = opened.built.program
+    return nn.ModuleDict({"image_encoder": program.image_encoder, "model": program.model})
 
 
 def convert(source: str | Path, out: str | Path, to: str, choices: Choices | None = None, say: Say = print) -> Path:
@@ -97,7 +91,7 @@ def average(start: str | Path, tuned: str | Path, out: str | Path, share: float)
     if out.exists():
         raise UserError(f"{out} is there already: give another name, or remove it")
     begun, opened = (open_source(place, "hf", Choices()) for place in (start, tuned))
-    if type(begun) is not type(opened):
+    if type(begun.settings) is not type(opened.settings):
         raise UserError(f"{start} and {tuned} are models of two families")
     program = opened.built.program
     program.load_state_dict(interpolate(begun.built.program.state_dict(), program.state_dict(), share))
@@ -108,10 +102,10 @@ def average(start: str | Path, tuned: str | Path, out: str | Path, share: float)
     return out
 
 
-def _writer(opened: Any, to: str) -> Writer:
-    if isinstance(opened, convert_text.OpenedText):
+def _writer(opened: Opened[Any, Any], to: str) -> Writer:
+    if isinstance(opened.settings, TextSettings):
         return convert_text.writer(to)
-    if isinstance(opened, convert_clip.OpenedClip):
+    if isinstance(opened.settings, ClipSettings):
         return convert_clip.writer(to)
     writers: dict[str, Writer] = {"lavis": write_lavis, "hf": write_hf, "diptych": write_run}
     if to not in writers:
@@ -143,7 +137,7 @@ def _aside(out: Path) -> Iterator[Path]:
         raise
 
 
-def open_source(source: str | Path, to: str, choices: Choices) -> Any:
+def open_source(source: str | Path, to: str, choices: Choices) -> Opened[Any, Any]:
     """Whatever `source` is, as a run has it."""
     path = Path(source)
     if (path / "settings.yaml").is_file():
@@ -152,15 +146,14 @@ def open_source(source: str | Path, to: str, choices: Choices) -> Any:
         if choices != Choices():
             raise UserError(f"{path} is a diptych run, whose settings say all: leave out the options about the source")
         settings, built, _ = reopen(path)
-        kinds = {TextSettings: convert_text.OpenedText, ClipSettings: convert_clip.OpenedClip}
-        return kinds.get(type(settings), Opened)(settings, built)
+        return Opened(settings, built)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if (path / "config.json").is_file():
         if choices.heads or choices.image_heads or choices.image_encoder:
             raise UserError(f"{path}: its config.json says all of its shape: leave out the options about it")
         family = hf.config_of(path).model_type
-        if family in DUAL:
+        if family in hf_clip.KINDS:
             return convert_clip.from_checkpoint(path, choices.tokenizer)
         if family in FAMILIES:
             return convert_text.from_hugging_face(path, choices.tokenizer)
@@ -175,7 +168,7 @@ def open_source(source: str | Path, to: str, choices: Choices) -> Any:
     return from_lavis(path, theirs, choices)
 
 
-def from_lavis(file: Path, theirs: dict[str, Tensor], choices: Choices) -> Opened:
+def from_lavis(file: Path, theirs: dict[str, Tensor], choices: Choices) -> OpenedStage1:
     """A stage-1 file of LAVIS (`Blip2Qformer`), with the figures that the shapes of its tensors, `theirs`, tell."""
     tower = _under(theirs, "visual_encoder.")
     if tower and choices.image_encoder:
@@ -194,7 +187,7 @@ def from_lavis(file: Path, theirs: dict[str, Tensor], choices: Choices) -> Opene
     _same_words(words[0], opened, str(file))
     holds_tower = any(name.startswith("visual_encoder.") for name in theirs)
     vision = opened.built.program.image_encoder.config if holds_tower else None
-    said = io.load(opened.both, file, lavis.stage1(vision, model.config))
+    said = io.load(both(opened), file, lavis.stage1(vision, model.config))
     opened.notes += [line for line in said if "image_encoder.:" not in line]
     return opened
 
@@ -212,7 +205,7 @@ def _tower_beside(file: Path, settings: Stage1Settings, choices: Choices) -> dic
     return {}
 
 
-def from_hugging_face(folder: Path, choices: Choices) -> Opened:
+def from_hugging_face(folder: Path, choices: Choices) -> OpenedStage1:
     """A `Blip2ForImageTextRetrieval` folder; it has no LM head, so the run does not caption."""
     theirs = hf.config_of(folder)
     kinds = theirs.architectures or [theirs.model_type]
@@ -248,7 +241,8 @@ def from_hugging_face(folder: Path, choices: Choices) -> Opened:
     # EVA has no key bias; theirs is a fused one whose key part is zero, which the table checks
     _same_figures(replace(vision, stack=replace(tower, bias="qvo")), program.image_encoder.config, str(folder))
     _same_figures(stage1, program.model.config, str(folder))
-    opened.notes += io.load(opened.both, folder, hf_blip2.retrieval(program.image_encoder.config, program.model.config))
+    table = hf_blip2.retrieval(program.image_encoder.config, program.model.config)
+    opened.notes += io.load(both(opened), folder, table)
     return opened
 
 
@@ -259,15 +253,15 @@ def _settings(about: str) -> Stage1Settings:
     return settings
 
 
-def _built(settings: Stage1Settings, choices: Choices, source: str) -> Opened:
+def _built(settings: Stage1Settings, choices: Choices, source: str) -> OpenedStage1:
     settings.qformer.tokenizer = choices.tokenizer
     try:
-        return Opened(settings, build(settings, initialise=False))
+        return OpenedStage1(settings, build(settings, initialise=False))
     except ValueError as error:
         raise UserError(f"{source}: no model can be built of its figures ({error})") from error
 
 
-def _same_words(count: int, opened: Opened, source: str) -> None:
+def _same_words(count: int, opened: OpenedStage1, source: str) -> None:
     size = opened.built.tokenizer.size
     if size != count:
         raise UserError(f"{source} knows {count} words, and the tokenizer {size}: give its own, as --tokenizer FOLDER")
@@ -360,11 +354,11 @@ def _qformer(theirs: Mapping[str, Tensor], file: Path, choices: Choices) -> QFor
     )
 
 
-def write_lavis(opened: Opened, out: Path) -> list[str]:
+def write_lavis(opened: OpenedStage1, out: Path) -> list[str]:
     """A stage-1 file as LAVIS reads it: .pth, or .safetensors. An encoder that is none of its towers is left out."""
     encoder = opened.built.program.image_encoder
     vision = encoder.config if isinstance(encoder, VisionTransformer) else None
-    theirs, notes = lavis.stage1(vision, opened.built.program.model.config).save(opened.both.state_dict())
+    theirs, notes = lavis.stage1(vision, opened.built.program.model.config).save(both(opened).state_dict())
     words = opened.built.tokenizer.size
     if words != LAVIS_WORDS:
         notes.append(
@@ -377,7 +371,7 @@ def write_lavis(opened: Opened, out: Path) -> list[str]:
     return notes
 
 
-def write_hf(opened: Opened, out: Path) -> list[str]:
+def write_hf(opened: OpenedStage1, out: Path) -> list[str]:
     """A folder that `Blip2ForImageTextRetrieval.from_pretrained` opens, with the tokenizer."""
     program = opened.built.program
     notes = hf_blip2.export(program.image_encoder, program.model, out)
@@ -385,7 +379,7 @@ def write_hf(opened: Opened, out: Path) -> list[str]:
     return notes
 
 
-def write_run(opened: Opened, out: Path) -> list[str]:
+def write_run(opened: OpenedStage1, out: Path) -> list[str]:
     """A run's folder that `diptych.load` opens. It was not trained here: its log is empty, and it has no optimizer."""
     settings, program = opened.settings.model_copy(deep=True), opened.built.program
     out.mkdir()

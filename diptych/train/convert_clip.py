@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.checkpoints import clips, hf_clip, openai, openclip, texts
 from diptych.errors import UserError
 from diptych.models.specs import to_hugging_face
 from diptych.settings import ClipSettings
-from diptych.train.clip import BuiltClip, build
-from diptych.train.run import write_untrained
+from diptych.train.clip import BuiltClip, continued
+from diptych.train.opened import Opened, write_run
 
-
-@dataclass
-class OpenedClip:
-    """A source as a run has it: its settings, what they build, filled; and what is to be said of it."""
-
-    settings: ClipSettings
-    built: BuiltClip
-    notes: list[str] = field(default_factory=list)
+OpenedClip = Opened[ClipSettings, BuiltClip]
 
 
 def from_checkpoint(place: Path, tokenizer: str | None) -> OpenedClip:
     """Whatever `clips.find` knows."""
-    settings = ClipSettings(program="clip")
+    found, settings = clips.find(place), ClipSettings(program="clip")
     settings.about = f"converted from {place.name}"
     settings.model.start, settings.text_encoder.tokenizer = str(place), tokenizer
     settings.train.precision = "float32"  # its numbers are the source's
-    settings.data.max_tokens = texts.longest(clips.find(place).config.text)
+    settings.data.max_tokens = texts.longest(found.config.text)
     notes: list[str] = []
-    return OpenedClip(settings, build(settings, say=notes.append), notes)
+    return OpenedClip(settings, continued(settings, found, notes.append), notes)
 
 
 def writer(to: str) -> Callable[[OpenedClip, Path], list[str]]:
@@ -65,12 +57,3 @@ def write_hf(opened: OpenedClip, out: Path) -> list[str]:
     (out / clips.PICTURES).write_text(json.dumps(pictures, indent=2), encoding="utf-8")
     opened.built.words.save(out)
     return notes
-
-
-def write_run(opened: OpenedClip, out: Path) -> list[str]:
-    """A run's folder that `diptych.load` opens."""
-    settings = opened.settings.model_copy(deep=True)
-    out.mkdir()
-    opened.built.save(out)
-    write_untrained(out, opened.built.program, settings)
-    return []

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from diptych.checkpoints import hf, texts
 from diptych.errors import UserError
 from diptych.settings import TextSettings
-from diptych.train.run import write_untrained
+from diptych.train.opened import Opened
+from diptych.train.opened import write_run as write_built
 from diptych.train.texts import BuiltText, build
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@dataclass
-class OpenedText:
-    """A source as a run has it: its settings, what they build, filled; and what is to be said of it."""
-
-    settings: TextSettings
-    built: BuiltText
-    notes: list[str] = field(default_factory=list)
+OpenedText = Opened[TextSettings, BuiltText]
 
 
 def from_hugging_face(folder: Path, tokenizer: str | None) -> OpenedText:
@@ -59,8 +54,5 @@ def write_hf(opened: OpenedText, out: Path) -> list[str]:
 def write_run(opened: OpenedText, out: Path) -> list[str]:
     """A run's folder that `diptych.load` opens."""
     settings = opened.settings.model_copy(deep=True)
-    out.mkdir()
-    opened.built.save(out)
     settings.model.tokenizer = None  # the run's own is used
-    write_untrained(out, opened.built.program, settings)
-    return []
+    return write_built(replace(opened, settings=settings), out)

@@ -35,7 +35,7 @@ from diptych.generate import Search
 from diptych.objectives import gather
 from diptych.train import processes, skipped
 from diptych.train.paired import splits
-from diptych.train.run import load, settings_of
+from diptych.train.run import load, settings_of, split_of
 from diptych.train.watch import Silent, Watch
 
 SHOWN = 12  # pictures of a report's gallery
@@ -104,9 +104,7 @@ def _evaluate(run: Run, split: str | None, chosen: Any, report: bool, say: Calla
     watch = Watch(run.folder, say=say) if first else Silent(run.folder)
     faults: list[Fault] = []
     parts = splits(run.settings, faults=faults)
-    split = split or ("test" if "test" in parts else "val")
-    if split not in parts:
-        raise UserError(f"{run.folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+    split = split_of(run.folder, parts, split)
     found = figures(run, parts[split], chosen, watch, faults)
     for result in found.results:
         for line in ["", *summary_lines(result)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,14 @@ def rebuild(folder: Path) -> tuple[Any, Any]:
     """A run's settings, and what they lead to, with weights that are yet to be filled in."""
     settings = settings_of(folder)
     return family.of(settings).rebuilt(folder, settings)
+
+
+def split_of(folder: Path, parts: Collection[str], asked: str | None) -> str:
+    """Which of a run's splits is measured: what is asked for, or test, or val where there is none."""
+    split = asked or ("test" if "test" in parts else "val")
+    if split not in parts:
+        raise UserError(f"{folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+    return split
 
 
 def settings_of(folder: Path) -> Any:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from diptych.settings import Train
 from diptych.train import cost as pictures
 from diptych.train.live import Live, read_on
@@ -13,6 +15,7 @@ from diptych.train.loop import autocast, device, precision
 from diptych.train.program import Program
 
 FEW = 4
+COUNTED = 2  # rows that FLOPs are counted of
 
 
 def cost(program: Program, train: Train, batch: Callable[[int], Any], work: float, row: str) -> dict[str, Any]:
@@ -32,6 +35,17 @@ def cost(program: Program, train: Train, batch: Callable[[int], Any], work: floa
         "memory": memory,
         "bytes_in_all": sum(memory.values()),
     }
+
+
+def flops(program: Program, batch: Any) -> float:
+    """Of a row of `batch`, which has `COUNTED`, forward and backward."""
+    was_training = program.training
+    program.train()
+    with FlopCounterMode(display=False) as counter:
+        program(batch)["loss"].backward()
+    program.zero_grad(set_to_none=True)
+    program.train(was_training)
+    return counter.get_total_flops() / COUNTED
 
 
 def activations(program: Program, batch: Callable[[int], Any], rows: int, train: Train) -> int:

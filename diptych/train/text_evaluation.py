@@ -11,12 +11,11 @@ import torch
 
 from diptych.aside import aside
 from diptych.data.documents import Splits
-from diptych.errors import UserError
 from diptych.text.subwords import segmenter
 from diptych.train import processes
 from diptych.train.language import MaskedLM
 from diptych.train.measured import measured, rows_of
-from diptych.train.run import load, settings_of
+from diptych.train.run import load, settings_of, split_of
 from diptych.train.texts import TextRun
 
 
@@ -29,9 +28,7 @@ def evaluate(folder: str | Path, split: str | None = None, say: Callable[[str], 
 
 def _evaluate(run: TextRun, split: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     chosen, parts = run.settings.evaluation, Splits(run.settings.data)
-    split = split or ("test" if "test" in parts else "val")
-    if split not in parts:
-        raise UserError(f"{run.folder}: the run has no split '{split}'; it has {', '.join(parts)}")
+    split = split_of(run.folder, parts, split)
     texts = parts[split][: chosen.limit]
     segment = segmenter(run.settings.objectives.words)
     rows = rows_of(texts, run.words, run.settings.data.max_tokens, segment)

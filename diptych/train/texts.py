@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.checkpoints import starter
 from diptych.checkpoints.texts import HEADS, fill, longest, open_tokenizer, shape
@@ -31,7 +30,7 @@ from diptych.models.language import TextConfig, initialise
 from diptych.settings import TextModelChoice, TextSettings
 from diptych.text.subwords import Subwords, segmenter
 from diptych.text.tokenizer import Words
-from diptych.train import processes
+from diptych.train import processes, step_cost
 from diptych.train.family import Made
 from diptych.train.language import CausalLM, MaskedLM, PrefixLM, TextProgram
 from diptych.train.loop import device
@@ -39,7 +38,6 @@ from diptych.train.measured import TextValidation, rows_of
 from diptych.train.watch import Watch
 
 Say = Callable[[str], object]
-COUNTED = 2  # rows that FLOPs are counted of
 SHAPE = "model.json"  # of a run: its family and config
 
 
@@ -159,8 +157,7 @@ def _kept(folder: Path) -> tuple[TextConfig, str]:
     """The figures of a run's model, and its family."""
     try:
         held = json.loads((folder / SHAPE).read_text(encoding="utf-8"))
-        stack = StackConfig(**held["config"].pop("stack"))
-        return TextConfig(stack, **held["config"]), held["family"]
+        return TextConfig.of(held["config"]), held["family"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SHAPE}: can't be read as a model's figures ({type(error).__name__})") from None
 
@@ -174,13 +171,7 @@ def random_batch(program: TextProgram, tokens: int, rows: int, packed: bool = Fa
 
 def work(program: TextProgram, tokens: int) -> float:
     """FLOPs of a row of so many tokens, forward and backward, the head for what is predicted alone."""
-    was_training = program.training
-    program.train()
-    with FlopCounterMode(display=False) as counter:
-        program(random_batch(program, tokens, COUNTED))["loss"].backward()
-    program.zero_grad(set_to_none=True)
-    program.train(was_training)
-    return counter.get_total_flops() / COUNTED
+    return step_cost.flops(program, random_batch(program, tokens, step_cost.COUNTED))
 
 
 @dataclass

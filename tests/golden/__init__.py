@@ -84,3 +84,14 @@ def golden_case(name: str) -> GoldenCase:
     if not (folder / "config.json").is_file():
         pytest.fail(f"no golden case is called '{name}'{nearest(name, golden_names())}", pytrace=False)
     return GoldenCase(name, folder)
+
+
+def by_their_names(table: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    """Gradients by the reference's names, a tied tensor once: the table carries them as it does weights. Only of what
+    `ours` holds whole."""
+    theirs: dict[str, Any] = {}
+    for pair in table.pairs():
+        if all(name in ours for name in pair.ours):
+            made = pair.op.save(tuple(ours[name] for name in pair.ours), len(pair.theirs))
+            theirs.update(zip(pair.theirs, made, strict=True))
+    return theirs

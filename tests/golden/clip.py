@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diptych.checkpoints.rules import Table
 from diptych.core.surgery import capture
 from diptych.models.clip import DualEncoder
-from tests.golden import GoldenCase
+from tests.golden import GoldenCase, by_their_names
 from tests.golden.stage1 import AFTER, FORWARD, GRADIENTS, LOSSES, distance
 
 __all__ = ["AFTER", "FORWARD", "GRADIENTS", "LOSSES", "contrastive", "distance", "filled", "hidden", "train"]
@@ -53,16 +53,6 @@ def contrastive(model: DualEncoder, golden: GoldenCase) -> Tensor:
     logits = model(golden.inputs["image"], golden.inputs["text"])
     right = torch.arange(len(logits))
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
-
-
-def by_their_names(table: Table, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients carried by the table as weights are."""
-    theirs: dict[str, Tensor] = {}
-    for pair in table.pairs():
-        if all(name in ours for name in pair.ours):
-            made = pair.op.save(tuple(ours[name] for name in pair.ours), len(pair.theirs))
-            theirs.update(zip(pair.theirs, made, strict=True))
-    return theirs
 
 
 def train(golden: GoldenCase, model: nn.Module, table: Table, loss: Callable[[], Tensor]) -> None:

@@ -20,7 +20,7 @@ from diptych.models.blip2 import Stage1Model
 from diptych.models.vision import VisionTransformer
 from diptych.objectives import matching
 from diptych.train.programs import Stage1, Stage1Objectives
-from tests.golden import GoldenCase, golden_case, golden_names
+from tests.golden import GoldenCase, by_their_names, golden_case, golden_names
 
 FORWARD, LOSSES, GRADIENTS, AFTER = 1e-5, 1e-5, 1e-4, 1e-3
 FLOOR = 1e-3  # what is smaller throughout is rounding noise (gradients of key biases, which softmax does not feel)
@@ -109,13 +109,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def gradients(program: Stage1, table: Table) -> dict[str, Tensor]:
     """Gradients by LAVIS's names, a tied tensor once: the table carries them as it does weights. Only what has one."""
-    ours = {name: p.grad for name, p in program.named_parameters() if p.grad is not None}
-    theirs: dict[str, Tensor] = {}
-    for pair in table.pairs():
-        if all(name in ours for name in pair.ours):
-            made = pair.op.save(tuple(ours[name] for name in pair.ours), len(pair.theirs))
-            theirs.update(zip(pair.theirs, made, strict=True))
-    return theirs
+    return by_their_names(table, {name: p.grad for name, p in program.named_parameters() if p.grad is not None})
 
 
 def frozen(program: Stage1, table: Table) -> set[str]:
