@@ -303,7 +303,7 @@ def peak_of(once: Callable[[], Tensor], device: str) -> int:
         before = torch.cuda.memory_allocated()
         once()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         once()
     events = seen.profiler.kineto_results.events()
     given = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

@@ -17,19 +17,34 @@ from diptych.core.layout import RECTANGLE, Layout
 from diptych.core.memory import BlockMemory, BlockPast
 
 
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+class GELU(nn.GELU):
+    """Exact, or by tanh. Where no gradient is recorded the result takes its input's place: what is mlp wide is then
+    there once and not twice, which spares a forward pass on a CPU a few percent."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-}
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), OpenAI CLIP's approximation of GELU. It takes its input's place as `GELU` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return x * torch.sigmoid(1.702 * x)
+        return x.mul_((1.702 * x).sigmoid_())
+
+
+class ReLU(nn.ReLU):
+    """It takes its input's place as `GELU` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else x.relu_()
+
+
+# For what a layer has just made and nobody else holds: without gradients they write over it.
+ACTIVATIONS = {"gelu": GELU, "gelu_tanh": partial(GELU, approximate="tanh"), "quick_gelu": QuickGELU, "relu": ReLU}
 
 
 class MLP(nn.Module):

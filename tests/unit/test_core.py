@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diptych.core import surgery
 from diptych.core.attention import HALVES, CrossAttention, Normed, Tap, attend
-from diptych.core.block import Block, DropPath, PostNorm, PreNorm
+from diptych.core.block import ACTIVATIONS, Block, DropPath, PostNorm, PreNorm
 from diptych.core.config import StackConfig
 from diptych.core.dropout import Dropout, dropout
 from diptych.core.layout import RECTANGLE
@@ -447,6 +447,19 @@ def test_noise_is_for_training_alone(norm, rates):
     torch.testing.assert_close(noisy(x), quiet(x), **EXACT)
     noisy.train()
     assert (noisy(x) - noisy(x)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_the_same_without_gradients_and_takes_its_inputs_place(name, dtype):
+    x = torch.linspace(-6, 6, 97, dtype=dtype)
+    module = ACTIVATIONS[name]()
+    with_gradients, given = module(x), x.clone()
+    assert with_gradients is not x
+    with torch.no_grad():
+        found = module(given)
+    assert found.data_ptr() == given.data_ptr()
+    assert torch.equal(found, with_gradients)
 
 
 def test_drop_path_leaves_whole_rows_out_and_keeps_the_mean():
