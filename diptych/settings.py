@@ -117,10 +117,10 @@ class Objectives(Section):
 class Train(Section):
     """batch: pictures a step; accumulate: in how many chunks these are computed, one after another, for memory: the
     same losses and gradients, for the time of one more encoding. epochs, or steps when given. warmup: share of the
-    steps; the rate then falls as a cosine to `final_lr` times `lr`. Weights that qformer.start gave learn at `start_lr`
-    times that, and at `layer_decay` times that for each block above them. optimizer: "adamw8bit" keeps moments in 8
-    bits, for a quarter to a half of their memory (extra `torchao`; compiled, which takes a minute). clip: of the
-    gradients' norm, 0 = none.
+    steps; the rate then falls to `final_lr` times `lr`, as a cosine or along a line (`decay`). Weights that
+    qformer.start gave learn at `start_lr` times that, and at `layer_decay` times that for each block above them.
+    optimizer: "adamw8bit" keeps moments in 8 bits, for a quarter to a half of their memory (extra `torchao`; compiled,
+    which takes a minute). clip: of the gradients' norm, 0 = none.
     precision: "auto" is bfloat16 where the machine computes it fast, else float32; "float16" scales its loss, for GPUs
     without bfloat16. ema: a moving average of the weights, which keeps this much of itself a step (0.999, say; 0 =
     none), and which the run is then used with. checkpoint_last: blocks whose inside is recomputed, for memory.
@@ -136,6 +136,7 @@ class Train(Section):
     steps: int | None = Field(None, gt=0)
     lr: float = Field(1e-4, gt=0)
     final_lr: float = Field(0.01, ge=0, le=1)
+    decay: Literal["cosine", "linear"] = "cosine"
     start_lr: float = Field(1.0, gt=0, le=1)
     layer_decay: float = Field(1.0, gt=0, le=1)
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -317,17 +318,19 @@ class TextEncoder(TextModelChoice):
 
 
 class Towers(Section):
-    """start: a whole model to go on from, of which both encoders come: OpenAI's file, a folder of Hugging Face's
-    (CLIPModel, SiglipModel, VisionTextDualEncoderModel), of OpenCLIP's, or a hub id; image_encoder and text_encoder
-    then only say what is frozen. embed: width of the space. image_pool, text_pool: what makes one vector of an
-    encoder's states; "auto": the mean of a picture's, and of a text its end, or of one that is read both ways the mean.
-    temperature: at the start; bias: of a sigmoid's logits, at the start.
+    """start: a whole model to go on from, of which both encoders come: another run, OpenAI's file, a folder of Hugging
+    Face's (CLIPModel, SiglipModel, VisionTextDualEncoderModel), of OpenCLIP's, or a hub id; image_encoder and
+    text_encoder then only say what is frozen (and which image encoder, where a run has one of others'). embed: width of
+    the space. image_pool, text_pool: what makes one vector of an encoder's states; "auto": the mean of a picture's, and
+    of a text its end, or of one that is read both ways the mean; "pooler": the first one's through a layer and tanh,
+    which is the checkpoint's (BERT's, ViT's) where it has one. temperature: at the start; bias: of a sigmoid's logits,
+    at the start.
     """
 
     start: Place | None = None
     embed: int = Field(256, gt=0)
-    image_pool: Literal["auto", "first", "mean", "attention"] = "auto"
-    text_pool: Literal["auto", "end", "first", "last", "mean"] = "auto"
+    image_pool: Literal["auto", "first", "mean", "attention", "pooler"] = "auto"
+    text_pool: Literal["auto", "end", "first", "last", "mean", "pooler"] = "auto"
     temperature: float = Field(0.07, gt=0)
     bias: float = -10.0
 
@@ -339,7 +342,9 @@ class ClipObjectives(Section):
 
     teacher: a run, or a checkpoint as model.start takes it, to learn from besides; distillation: weight of that;
     temperature: of the teacher's softmax, its own when None. exchange: of a sigmoid's texts over processes; "ring"
-    holds those of two at a time. block: rows of logits held at a time, None: by memory.
+    holds those of two at a time. block: rows of logits held at a time, None: by memory. temperatures: the lowest and
+    the highest that the learned one may come to, or None: not below 0.01 for a softmax (OpenAI's bound), any for a
+    sigmoid. Two equal ones hold it still.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -350,6 +355,32 @@ class ClipObjectives(Section):
     temperature: float | None = Field(None, gt=0)
     exchange: Literal["gather", "ring"] = "gather"
     block: int | None = Field(None, gt=0)
+    temperatures: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ClipObjectives:
+        if self.temperatures and self.temperatures[0] > self.temperatures[1]:
+            low, high = self.temperatures
+            raise ValueError(
+                f"temperatures: the lowest, {low:g}, is above the highest, {high:g}: give [{high:g}, {low:g}]"
+            )
+        return self
+
+
+class GuardSet(Section):
+    """What fine-tuning may not cost, as early stopping on a guard: pictures in a folder a class (FOLDER/CLASS/*.jpg),
+    told by their classes' names before the first step and at each checkpoint (train.save_every).
+
+    names, prompts: files, as `diptych zeroshot` takes them. A run that has lost more than `allowed_loss` (0.02: two
+    pictures in a hundred), at `patience` checkpoints in a row, ends there, and is used with its last checkpoint that
+    had not, or the best of those where train.keep_best tells it.
+    """
+
+    path: Place | None = None
+    names: Place | None = None
+    prompts: Place | None = None
+    allowed_loss: float = Field(0.02, ge=0, le=1)
+    patience: int = Field(1, gt=0)
 
 
 class ClipEvaluation(Section):
@@ -381,6 +412,7 @@ class ClipSettings(PairSettings):
     image_encoder: ClipEncoder = Field(default_factory=ClipEncoder)  # ty: ignore[incompatible-mutable-override]
     text_encoder: TextEncoder = Field(default_factory=TextEncoder)
     objectives: ClipObjectives = Field(default_factory=ClipObjectives)
+    guard: GuardSet = Field(default_factory=GuardSet)
     evaluation: ClipEvaluation = Field(default_factory=ClipEvaluation)
 
     @model_validator(mode="after")

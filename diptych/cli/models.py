@@ -78,15 +78,40 @@ def export(run: Path, out: Path, to: Format, opset: int | None, int8: bool) -> N
 @click.argument("start")
 @click.argument("tuned")
 @click.argument("out")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="0: START; 1: TUNED.")
-def average(start: str, tuned: str, out: str, share: float) -> None:
+@click.option("--share", type=click.FloatRange(0, 1), help="0: START; 1: TUNED; default: 0.5.")
+@click.option("--guard", metavar="FOLDER", help="Choose the share by FOLDER/CLASS/*.jpg.")
+@click.option("--allowed-loss", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Of the guard.")
+@click.option("--names", metavar="FILE", help="What the guard's classes are called; as of zeroshot.")
+@click.option("--prompts", metavar="FILE", help="As of zeroshot.")
+def average(
+    start: str,
+    tuned: str,
+    out: str,
+    share: float | None,
+    guard: str | None,
+    allowed_loss: float,
+    names: str | None,
+    prompts: str | None,
+) -> None:
     """Write a run whose weights lie between START's and TUNED's.
 
     Fine-tuning gains what it was tuned to and loses some of the rest; half the way back keeps most of both (WiSE-FT).
+    With --guard the share is the one that finds best in TUNED's held-out pictures, of those that lose no more of the
+    guard's zero-shot accuracy than is allowed.
     """
+    if guard is not None and share is not None:
+        raise UserError("--share and --guard: give one; a guard chooses the share")
+    if guard is None and (names or prompts):
+        raise UserError("--names and --prompts are of the guard's classes: give --guard FOLDER")
     for place in (start, tuned):
         if not Path(place).exists():
             raise UserError(f"{place}: no such file or folder")
-    from diptych.train.convert import average
+    from diptych.settings import GuardSet
+    from diptych.train import between
 
-    click.echo(f"averaged: {average(start, tuned, out, share)}")
+    if guard is None:
+        made = between.average(start, tuned, out, 0.5 if share is None else share)
+    else:
+        asked = GuardSet(path=guard, names=names, prompts=prompts, allowed_loss=allowed_loss)
+        made = between.average_within(start, tuned, out, asked, click.echo)
+    click.echo(f"averaged: {made}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from diptych.data.records import Record
 from diptych.errors import UserError
 from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.towers import TwoTowers
-from diptych.models.clip import ClipConfig, DualEncoder, dual_encoder
+from diptych.models.clip import ClipConfig, DualEncoder, PooledCell, PooledToken, config_of, dual_encoder
 from diptych.models.language import TextConfig
 from diptych.models.resnet import ResNetConfig
 from diptych.models.timm_tower import TimmConfig
@@ -34,9 +35,12 @@ from diptych.train.contrast import Contrast, ContrastObjectives
 from diptych.train.encoders import check_weights, image_encoder
 from diptych.train.family import Made
 from diptych.train.features import embedded
+from diptych.train.guard import Guarded
 from diptych.train.loop import device
+from diptych.train.recalls import Recalls
+from diptych.train.run import is_run, reopen
 from diptych.train.texts import SHAPE, fresh
-from diptych.train.validation import Recalls
+from diptych.train.validation import Validation
 from diptych.train.watch import Silent, Watch
 
 Say = Callable[[str], object]
@@ -88,7 +92,7 @@ def made(settings: ClipSettings, watch: Watch, faults: list[Fault]) -> Made:
         paired.told_apart(parts["train"], batches.records),
         lambda: work(program, tokens, settings.data.cache != "none"),
         settings.data.workers,
-        _validation(settings, built, held_out) if held_out else None,
+        _validation(settings, built, held_out, watch.say),
     )
 
 
@@ -98,7 +102,7 @@ def rebuilt(folder: Path, settings: ClipSettings) -> tuple[ClipSettings, BuiltCl
 
 
 def opened(folder: Path, settings: ClipSettings, built: BuiltClip, state: dict[str, Any]) -> ClipRun:
-    return ClipRun(folder, settings, state, _in_use(settings, built))
+    return ClipRun(folder, settings, state, in_use(settings, built))
 
 
 def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) -> BuiltClip:
@@ -106,7 +110,8 @@ def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) 
     vocabulary is trimmed to where settings say so."""
     torch.manual_seed(settings.train.seed)
     if settings.model.start:
-        return continued(settings, clips.find(settings.model.start), say)
+        place = Path(settings.model.start)
+        return _after(settings, place, say) if is_run(place) else continued(settings, clips.find(place), say)
     chosen = settings.text_encoder
     if chosen.start == "random":
         words = texts.open_words(chosen.tokenizer or starter.text_folder())
@@ -121,17 +126,59 @@ def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) 
     encoder = built.model.text.encoder
     for line in [*io.load(encoder, start, texts.FAMILIES[family][1](text)), f"started from {start}"]:
         say(line)
+    _fill_pooler(built.model.text.pool, start)
     built.program.started |= _started("model.text.encoder.", encoder)
     return built
 
 
+def _fill_pooler(pool: nn.Module, place: str) -> None:
+    """With a checkpoint's own pooler (BERT's, ViT's), where it has one."""
+    if not isinstance(pool, PooledToken | PooledCell):
+        return
+    theirs = io.read(place)
+    found = {
+        name: t for part in ("weight", "bias") for name, t in theirs.items() if name.endswith(f"pooler.dense.{part}")
+    }
+    if len(found) == 2:
+        pool.load_state_dict({"pooler.dense." + name.rpartition(".")[2]: tensor for name, tensor in found.items()})
+
+
 def continued(settings: ClipSettings, found: clips.Found, say: Say) -> BuiltClip:
     """A whole model, both of whose towers a checkpoint gives."""
-    built = _assembled(
-        settings, found.config, texts.open_words(settings.text_encoder.tokenizer or found.words), found.spec
-    )
+    words = texts.open_words(settings.text_encoder.tokenizer or found.words)
+    built = _assembled(settings, found.config, words, found.spec, _teacher(settings))
     for line in [*found.fill(built.model), f"started from {settings.model.start}"]:
         say(line)
+    return _all_started(built)
+
+
+def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
+    """On from another run. An image encoder of others' is as settings name it, which must be as that run did."""
+    before, named = _trained(place), settings.image_encoder.name
+    try:
+        config = config_of(before.model)
+    except UserError:  # that image encoder has no figures of ours
+        config = before.config
+    words = texts.open_words(settings.text_encoder.tokenizer or str(place))
+    built = _assembled(settings, config, words, before.model.image.spec, _teacher(settings))
+    try:
+        built.model.load_state_dict(before.model.state_dict())
+    except RuntimeError:
+        told = f"its image encoder is not image_encoder.name={named} of these settings: give it as that run has it"
+        raise UserError(f"model.start={place}: {told}") from None
+    say(f"started from {place}")
+    return _all_started(built)
+
+
+def _trained(place: Path) -> BuiltClip:
+    """What is trained in a run's folder. UserError where that is no dual encoder."""
+    settings, built, _ = reopen(place)
+    if not isinstance(built, BuiltClip):
+        raise UserError(f"{place} is a run of {settings.program}, and a dual encoder is wanted (`diptych train clip`)")
+    return built
+
+
+def _all_started(built: BuiltClip) -> BuiltClip:
     for tower in ("image", "text"):
         built.program.started |= _started(f"model.{tower}.encoder.", getattr(built.model, tower).encoder)
     return built
@@ -179,6 +226,8 @@ def _assembled(
         raise UserError(f"the tokenizer has {words.size} tokens, and the text encoder knows {config.text.vocab}")
     guest = image_encoder(settings.image_encoder) if config.image is None else None
     model = dual_encoder(config, guest)
+    if settings.image_encoder.name.startswith("hf:") and guest is not None:
+        _fill_pooler(model.image.pool, settings.image_encoder.name.removeprefix("hf:"))
     if spec is not None:
         model.image.spec = model.image.encoder.spec = spec
     for tower, chosen in ((model.image, settings.image_encoder), (model.text, settings.text_encoder)):
@@ -192,10 +241,12 @@ def _assembled(
 
 
 def _teacher(settings: ClipSettings) -> DualEncoder | None:
-    """A checkpoint's model, to learn from."""
+    """A run's or a checkpoint's model, to learn from."""
     place = settings.objectives.teacher
     if place is None:
         return None
+    if is_run(Path(place)):
+        return _trained(Path(place)).model
     found = clips.find(place)
     model = dual_encoder(found.config)
     found.fill(model)
@@ -266,18 +317,24 @@ def step(settings: ClipSettings) -> dict[str, Any]:
     )
 
 
-def _in_use(settings: ClipSettings, built: BuiltClip) -> TwoTowers:
+def in_use(settings: ClipSettings, built: BuiltClip) -> TwoTowers:
+    """The model as it answers."""
     precision = loop.precision(settings.train.precision, device())
     return TwoTowers(built.model, built.words, settings.data.max_tokens, precision)
 
 
-def _validation(settings: ClipSettings, built: BuiltClip, records: Sequence[Record]) -> Recalls:
-    model, quiet = _in_use(settings, built), Silent(Path(settings.out))
+def _validation(
+    settings: ClipSettings, built: BuiltClip, records: Sequence[Record] | None, say: Say
+) -> Validation | None:
+    """records: held out, to tell the best checkpoint by."""
+    model = in_use(settings, built)
+    found = Recalls(built.program, model, partial(gallery, settings, model, records)) if records else None
+    return Guarded(built.program, model, settings.guard, found, say) if settings.guard.path else found
 
-    def gallery() -> Gallery:
-        return Gallery.of(*embedded(settings, model.image_encoder, records, quiet, "held-out pictures", []))
 
-    return Recalls(built.program, model, gallery)
+def gallery(settings: ClipSettings, model: TwoTowers, records: Sequence[Record]) -> Gallery:
+    """Held-out records as the model has them now."""
+    return Gallery.of(*embedded(settings, model.image_encoder, records, Silent(Path(settings.out)), "pictures", []))
 
 
 @dataclass

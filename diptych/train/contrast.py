@@ -27,7 +27,7 @@ from diptych.objectives.targets import Ids, Smoothed, Teacher
 from diptych.train.parallel import whole
 from diptych.train.program import Program, Rest, run_frozen
 
-LARGEST = math.log(100)  # of `logit_scale` where a softmax is learned (Radford et al. 2021, §2.5)
+COLDEST = 0.01  # where a softmax is learned: cosines are never multiplied by more than 100 (Radford et al. 2021, §2.5)
 OURS = (VisionTransformer, ModifiedResNet, TextModel)  # each weight of these is looked at in every pass
 
 
@@ -41,6 +41,7 @@ class ContrastObjectives:
     distillation: weight of the cross entropy with a teacher's softmax (OpenCLIP's `DistillClipLoss`), where there is
     one; temperature: of that softmax, the teacher's own by default. exchange: how a sigmoid's texts come to other
     processes, see `sigmoid.pairwise`. block: rows of logits held at a time, by default as `chunked` has it.
+    temperatures: bounds of the learned one; without them a softmax's is not below `COLDEST`.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -51,6 +52,7 @@ class ContrastObjectives:
     temperature: float | None = None
     exchange: sigmoid.Exchange = "gather"
     block: int | None = None
+    temperatures: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.loss == "sigmoid" and self.smoothing:
@@ -116,8 +118,12 @@ class Contrast(Program):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.objectives.loss == "softmax":
-            self.model.logit_scale.clamp_(max=LARGEST)
+        """Keeps the temperature, exp(−logit_scale), within its bounds."""
+        if self.objectives.temperatures is not None:
+            coldest, warmest = self.objectives.temperatures
+            self.model.logit_scale.clamp_(-math.log(warmest), -math.log(coldest))
+        elif self.objectives.loss == "softmax":
+            self.model.logit_scale.clamp_(max=-math.log(COLDEST))
 
     def vitals(self) -> dict[str, float]:
         """temperature; bias, where there is one; picture_likeness, text_likeness: the mean cosine between embeddings of

@@ -29,7 +29,6 @@ from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
 from diptych.train.opened import Opened
 from diptych.train.run import reopen, write_untrained
-from diptych.train.wise import interpolate
 
 Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "openai", "openclip", "diptych")
@@ -68,41 +67,28 @@ def convert(source: str | Path, out: str | Path, to: str, choices: Choices | Non
     out = Path(out)
     if to not in FORMATS:
         raise UserError(f"'{to}' is no format to convert to{nearest(to, FORMATS)}; there are {', '.join(FORMATS)}")
-    if out.exists():
-        raise UserError(f"{out} is there already: give another name, or remove it")
+    check_free(out)
     if to == "lavis" and out.suffix not in TENSOR_FILES:
         raise UserError(f"{out}: a LAVIS checkpoint is one file: give a name that ends in {', '.join(TENSOR_FILES)}")
     opened = open_source(source, to, choices or Choices())
     for line in opened.notes:
         say(line)
     opened.settings.out = str(out)
-    write = _writer(opened, to)
-    with _aside(out) as aside:
+    write = writer_of(opened, to)
+    with whole_or_nothing(out) as aside:
         notes = write(opened, aside)
     for line in notes:
         say(line)
     return out
 
 
-def average(start: str | Path, tuned: str | Path, out: str | Path, share: float) -> Path:
-    """Writes a run whose weights lie between two models', `share` of the way from `start` to `tuned` (WiSE-FT: Wortsman
-    et al. 2022): runs, or whatever `convert` opens. UserError where they are of two shapes, or `out` is there."""
-    out = Path(out)
+def check_free(out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} is there already: give another name, or remove it")
-    begun, opened = (open_source(place, "hf", Choices()) for place in (start, tuned))
-    if type(begun.settings) is not type(opened.settings):
-        raise UserError(f"{start} and {tuned} are models of two families")
-    program = opened.built.program
-    program.load_state_dict(interpolate(begun.built.program.state_dict(), program.state_dict(), share))
-    opened.settings.about = f"{share:g} of the way from {start} to {tuned}"
-    opened.settings.out = str(out)
-    with _aside(out) as aside:
-        _writer(opened, "diptych")(opened, aside)
-    return out
 
 
-def _writer(opened: Opened[Any, Any], to: str) -> Writer:
+def writer_of(opened: Opened[Any, Any], to: str) -> Writer:
+    """What writes a model of this family in the format `to`."""
     if isinstance(opened.settings, TextSettings):
         return convert_text.writer(to)
     if isinstance(opened.settings, ClipSettings):
@@ -114,7 +100,7 @@ def _writer(opened: Opened[Any, Any], to: str) -> Writer:
 
 
 @contextmanager
-def _aside(out: Path) -> Iterator[Path]:
+def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A path to write to that becomes `out` when all went well, and otherwise leaves nothing."""
     aside = out.with_name(f".{out.stem}.writing{out.suffix}")
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]

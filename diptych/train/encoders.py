@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
 
 from diptych import checkpoints
 from diptych.checkpoints import hf, io, lavis, starter
+from diptych.checkpoints.clips import PICTURES
 from diptych.core.config import StackConfig
 from diptych.core.surgery import freeze
 from diptych.errors import UserError
@@ -16,6 +19,7 @@ from diptych.models.clip import initialise
 from diptych.models.specs import spec_of_hugging_face
 from diptych.models.vision import HFEncoder, TimmEncoder, VisionConfig, VisionTransformer
 from diptych.settings import Encoder, TowerShape
+from diptych.text.bpe import read_json
 
 # As BLIP-2 uses them
 SHAPES = {
@@ -23,6 +27,11 @@ SHAPES = {
     "clip": TowerShape(width=1024, layers=23, heads=16, patch=14, mlp=4096),
 }
 VIT = TowerShape(width=768, layers=12, heads=12, patch=16, mlp=3072)
+# Hugging Face's towers that ours computes, by the model_type of a config.json: their config → ours, and the key table.
+OURS = {
+    "clip_vision_model": (hf.clip_vision_config, hf.clip_vision),
+    "vit": (hf.vit_config, hf.vit),
+}
 NAMES = "starter, timm:NAME, hf:FOLDER, eva, clip, vit"
 
 
@@ -86,12 +95,15 @@ def _fill(model: nn.Module, path: str) -> None:
     model.load_state_dict({name: theirs[name] for name in ours})
 
 
-def _hugging_face(name: str, chosen: Encoder) -> HFEncoder:
-    """name: a folder, or a hub id."""
+def _hugging_face(name: str, chosen: Encoder) -> nn.Module:
+    """name: a folder, or a hub id. CLIP's tower and ViT are our own; of CLIP's the last norm is on every token."""
     from transformers import AutoImageProcessor, AutoModel
 
     folder = io.find(name)
     theirs = hf.config_of(folder)
+    seen = getattr(theirs, "vision_config", theirs)
+    if seen.model_type in OURS:
+        return _own(folder, seen, chosen)
     try:
         model = AutoModel.from_pretrained(folder, config=theirs, local_files_only=True)
         figures = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -104,6 +116,22 @@ def _hugging_face(name: str, chosen: Encoder) -> HFEncoder:
         raise UserError(f"{name}: its config.json names no image_size; give image_encoder.size")
     spec = spec_of_hugging_face(figures.to_dict())
     return HFEncoder(model, spec if spec.size == size else replace(spec, size=size))
+
+
+def _own(folder: Path, theirs: Any, chosen: Encoder) -> VisionTransformer:
+    """theirs: the config of a tower that ours computes."""
+    config_of, table = OURS[theirs.model_type]
+    config = config_of(theirs)
+    size = chosen.size or config.image_size
+    if size % config.patch:
+        raise UserError(f"image_encoder.size={size} is no multiple of the patch, {config.patch} pixels")
+    encoder = VisionTransformer(replace(config, image_size=size))
+    checkpoints.load(encoder, folder, table(encoder.config))
+    figures = folder / PICTURES
+    if not figures.is_file():
+        raise UserError(f"{folder}: no {PICTURES}, which says how pictures are prepared")
+    encoder.spec = replace(spec_of_hugging_face(read_json(figures)), size=size)
+    return encoder
 
 
 def _tower(kind: str, chosen: Encoder) -> VisionTransformer:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from diptych.data.readers.faults import Fault
 from diptych.data.steps import Steps
 from diptych.settings import ClipSettings, Settings, TextSettings
-from diptych.train.moves import Moves
 from diptych.train.program import Program
+from diptych.train.validation import Validation
 from diptych.train.watch import Watch
 
 
@@ -23,18 +23,6 @@ class Kept(Protocol):
     """What a run keeps beside its weights: its tokenizer, and what else the model is built from."""
 
     def save(self, folder: Path) -> None: ...
-
-
-class Validation(Protocol):
-    """Measures held-out data while a run trains. Nothing is drawn: a run ends in the same bits as without it."""
-
-    def measure(self, moves: Moves) -> dict[str, float]:
-        """Figures by name, in the weights that the run is used with."""
-        ...
-
-    def score(self, figures: dict[str, float]) -> float:
-        """By which checkpoints are compared: more is better."""
-        ...
 
 
 @dataclass

@@ -69,11 +69,12 @@ def run(
     settings: Train,
     steps: int,
     start: int = 0,
-    after: Callable[[Step], None] = lambda step: None,
+    after: Callable[[Step], bool | None] = lambda step: None,
     failed: Callable[[Failure], str] = lambda failure: "",
     forward: Callable[..., dict[str, Tensor]] | None = None,
 ) -> None:
-    """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step.
+    """Steps `start` … `steps`, one batch of `batches` each; `after` hears of every step, and says True where the run is
+    to end with it.
 
     forward: the program as it is called, where something is wrapped around it (`parallel.spread`).
 
@@ -92,7 +93,7 @@ def run(
         processes.at(number)
         batch = next(batches).to(device)
         waited = time.perf_counter() - began
-        lr = settings.lr * rate(number, steps, warmup, settings.final_lr)
+        lr = settings.lr * rate(number, steps, warmup, settings.final_lr, settings.decay)
         set_rate(moves.optimizer, lr)
         drawn, counted = generators(), _counted(program)
         program.before_step()
@@ -119,7 +120,8 @@ def run(
             look = failed(Failure(step, batch, drawn, dtype, program))
             if in_a_row == PATIENCE:
                 raise _given_up(number, reason, look)
-        after(step)
+        if after(step):
+            return
 
 
 @dataclass

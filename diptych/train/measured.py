@@ -20,6 +20,7 @@ from diptych.settings import TextEvaluation
 from diptych.text.subwords import Segment, Subwords
 from diptych.train.language import MaskedLM, TextProgram
 from diptych.train.moves import Moves
+from diptych.train.validation import Validation, in_use
 
 
 @dataclass
@@ -116,7 +117,7 @@ def measured(program: TextProgram, rows: Sequence[tuple[int, Row]], pad: int, ch
 
 
 @dataclass
-class TextValidation:
+class TextValidation(Validation):
     """The loss on held-out documents while a run trains."""
 
     program: TextProgram
@@ -125,10 +126,8 @@ class TextValidation:
     chosen: TextEvaluation
 
     def measure(self, moves: Moves) -> dict[str, float]:
-        self.program.eval()
-        with moves.in_use(self.program), gather.alone():
+        with in_use(self.program, moves):
             found = measured(self.program, self.rows, self.pad, self.chosen)
-        self.program.train()
         total = found.tokens.sum()
         return {"val_loss": float(found.nats.sum() / total), "val_accuracy": float(found.right.sum() / total)}
 

@@ -101,21 +101,35 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
     rank, _ = gather.world()
     with Checkpoints(out / "checkpoints", settings.train.keep) as kept:
         torch.manual_seed(settings.train.seed + rank)  # from here on only the steps draw
-        newest = _go_on(kept, program, watch) if begun else None
+        newest, state = _go_on(kept, program, watch) if begun else (None, {})
+        if state.get("ended"):
+            watch.say(f"{state['ended']}; there the run ended")
+            return
         call = spread(program, settings.train.parallel, settings.train.timeout)
         moves = moves_of(program, settings.train, loop.precision(settings.train.precision, device()))
         if newest is not None:
             checkpoint.load_training(newest, program, moves)
+        if made.validation and newest is None:
+            made.validation.begin(moves)
+        elif made.validation:
+            made.validation.take(state.get("validation", {}))
 
-        def after(step: loop.Step) -> None:
+        def after(step: loop.Step) -> bool:
             health.hear(step)
             done = step.number + 1
             is_kept = done == steps or done % every == 0
             figures = made.validation.measure(moves) if made.validation and is_kept else {}
             watch.step(step, steps, batches.batch, meter.read(step.seconds) | figures)
-            if is_kept:
-                score = {"score": made.validation.score(figures)} if made.validation else {}
-                kept.save(done, program, moves, {"steps": steps, **score}, frozen)
+            if not is_kept:
+                return False
+            told: dict[str, Any] = {"steps": steps}
+            if made.validation:
+                ended = made.validation.ends(figures)
+                told |= {"score": made.validation.score(figures), "validation": made.validation.state(), "ended": ended}
+                if ended and done < steps:
+                    watch.say(f"{ended}; the run ends here")
+            kept.save(done, program, moves, told, frozen)
+            return bool(told.get("ended"))
 
         with watch:
             stream = meter.heard(skipped.heard(batches.read(watch.start, steps, made.workers)))
@@ -147,15 +161,15 @@ def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> Path | None:
-    """Takes the program's weights and `watch` back to the newest checkpoint, and gives its folder."""
+def _go_on(kept: Checkpoints, program: torch.nn.Module, watch: Watch) -> tuple[Path | None, dict[str, Any]]:
+    """Takes the program's weights and `watch` back to the newest checkpoint, and gives its folder and state."""
     if not kept.newest_first():
         watch.say(f"{kept.folder}: no checkpoint yet; the run begins anew")
-        return None
+        return None, {}
     folder, state = kept.load(program, watch.say, training=True)
     watch.say(f"going on from {folder}, after step {state['step']}")
     watch.start = state["step"]
-    return folder
+    return folder, state
 
 
 def load(folder: str | Path) -> Any:
@@ -185,9 +199,14 @@ def split_of(folder: Path, parts: Collection[str], asked: str | None) -> str:
     return split
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `diptych train` or `diptych convert` wrote this folder."""
+    return (folder / "settings.yaml").is_file()
+
+
 def settings_of(folder: Path) -> Any:
     """What a run was trained with."""
-    if not (folder / "settings.yaml").is_file():
+    if not is_run(folder):
         raise UserError(f"{folder}: no run there (settings.yaml is missing); `diptych train` makes one")
     return config.load(str(folder / "settings.yaml"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,12 +12,14 @@ from torch import nn
 from diptych.train import eightbit
 
 
-def rate(step: int, steps: int, warmup: int, final: float) -> float:
-    """The learning rate at `step`, a share of the highest: a line up over `warmup` steps, then a cosine to `final`."""
+def rate(step: int, steps: int, warmup: int, final: float, decay: Literal["cosine", "linear"] = "cosine") -> float:
+    """The learning rate at `step`, a share of the highest: a line up over `warmup` steps, then a cosine, or a line, to
+    `final`."""
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return final + (1 - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    left = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return final + (1 - final) * left
 
 
 def groups(model: nn.Module, weight_decay: float, shares: Mapping[str, float] | None = None) -> list[dict]:

@@ -20,7 +20,7 @@ from diptych.train.build import Built, build
 from diptych.train.family import Made
 from diptych.train.features import encoded
 from diptych.train.loop import device
-from diptych.train.validation import Recalls
+from diptych.train.recalls import Recalls
 from diptych.train.watch import Watch
 
 ADVICE = "qformer.tokenizer=FOLDER, and qformer.start=FOLDER of a BERT that has it"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -96,32 +95,10 @@ def best(rows: Sequence[Figures], target: str, guard: str, allowed_loss: float) 
         for name in (target, guard):
             if name not in row or math.isnan(row[name]):
                 raise UserError(f"no figure '{name}' at share {row[SHARE]}{nearest(name, row)}")
-    held = [row for row in rows if _lost(begun[guard], row[guard]) <= allowed_loss]
+    held = [row for row in rows if lost(begun[guard], row[guard]) <= allowed_loss]
     return max(held, key=lambda row: (row[target], -row[SHARE]))
 
 
-def _lost(before: float, now: float) -> float:
-    """Rounded, for 0.9 - 0.88 is more than 0.02 to a computer."""
+def lost(before: float, now: float) -> float:
+    """How much less it is now, rounded, for 0.9 - 0.88 is more than 0.02 to a computer."""
     return round(before - now, 12)
-
-
-@dataclass
-class Guard:
-    """Hears a guard's figure after each measurement and says when a run has lost too much of it: more than
-    `allowed_loss`, `patience` times in a row (a figure of few pictures goes up and down by itself).
-
-    begun: the figure before the first step; in a checkpoint, with `over`, so that a run that goes on judges alike.
-    """
-
-    allowed_loss: float
-    patience: int = 1
-    begun: float | None = None
-    over: int = field(default=0)
-
-    def hear(self, figure: float) -> bool:
-        """Whether to stop. The first figure that it hears is what the others are compared with. NaN counts as lost."""
-        if self.begun is None:
-            self.begun = figure
-        lost = not _lost(self.begun, figure) <= self.allowed_loss
-        self.over = self.over + 1 if lost else 0
-        return self.over >= self.patience

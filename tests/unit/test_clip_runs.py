@@ -15,7 +15,7 @@ from diptych.cli import cli
 from diptych.data.scenes import write
 from diptych.errors import UserError
 from diptych.evaluate.exported import Exported
-from diptych.train import clip, evaluation, family, run
+from diptych.train import clip, evaluation, family, guard, run
 from diptych.train.watch import Watch
 
 VIT = {"width": 16, "layers": 2, "heads": 2, "patch": 8, "mlp": 32}
@@ -44,7 +44,7 @@ def scenes(tmp_path_factory) -> Path:
 
 
 def settings(scenes: Path, out: Path, *more: str):
-    own = [] if any("starter" in word for word in more) else OWN
+    own = [] if any(word.startswith("image_encoder.name") for word in more) else OWN
     place = ["image_encoder.size=32", f"data.path={scenes}", f"out={out}"]
     return config.load("clip", [*TEXT, *own, *place, *more])
 
@@ -132,6 +132,8 @@ def test_only_what_is_not_frozen_moves(scenes, tmp_path):
         (("data.max_tokens=600",), "knows 512 positions"),
         (("data.cache=memory",), "needs image_encoder.frozen=true"),
         (("text_encoder.tokenizer=clip",), "trims a WordPiece vocabulary"),
+        (("guard.path=/none",), "/none is no folder"),
+        (("objectives.temperatures=[1.0,0.1]",), "the lowest, 1, is above the highest"),
     ],
 )
 def test_mistakes_are_one_line(scenes, tmp_path, more, told):
@@ -148,6 +150,134 @@ def test_weights_half_way_between_two_runs(scenes, tmp_path):
     ours, a, b = (weights(folder) for folder in (tmp_path / "mixed", begun, tuned))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, 0.75 * a[name] + 0.25 * b[name])
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory, scenes) -> Path:
+    """Six pictures of two classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    for number, picture in enumerate(sorted(scenes.glob("images/**/*.png"))[:6]):
+        kind = folder / ("red_circle", "blue_square")[number % 2]
+        kind.mkdir(exist_ok=True)
+        (kind / picture.name).symlink_to(picture)
+    return folder
+
+
+@pytest.mark.parametrize("more", [(), ("image_encoder.name=starter",)], ids=["our own", "a guest"])
+def test_a_run_goes_on_from_another(scenes, tmp_path, more):
+    begun = trained(scenes, tmp_path / "begun", "train.steps=1", *more)
+    chosen = settings(scenes, tmp_path / "on", f"model.start={begun}", *more)
+    before, after = weights(begun), clip.build(chosen).program.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    moved = weights(run.train(chosen, watch(tmp_path / "on")))  # opened again, with the figures that it was given
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
+
+
+def test_only_a_dual_encoder_is_gone_on_from(scenes, tmp_path):
+    begun = trained(scenes, tmp_path / "begun", "train.steps=1", "image_encoder.name=starter")
+    with pytest.raises(UserError, match="its image encoder is not image_encoder.name=timm:resnet18"):
+        trained(scenes, tmp_path / "on", f"model.start={begun}", "image_encoder.name=timm:resnet18", "data.cache=none")
+    (tmp_path / "words.txt").write_text("a red circle\na blue square\n" * 8)
+    texts = [
+        "data.hold_out=0",
+        "data.max_tokens=8",
+        "model.start=random",
+        "model.width=16",
+        "model.heads=2",
+        "model.layers=1",
+        "train.steps=1",
+    ]
+    words = config.load("causal", [f"data.path={tmp_path / 'words.txt'}", f"out={tmp_path / 'text'}", *texts])
+    with pytest.raises(UserError, match="is a run of causal_lm, and a dual encoder is wanted"):
+        trained(scenes, tmp_path / "on", f"model.start={run.train(words, watch(tmp_path / 'text'))}")
+
+
+def test_a_run_teaches_another(scenes, tmp_path):
+    teacher = trained(scenes, tmp_path / "teacher", "train.steps=1")
+    pupil = trained(scenes, tmp_path / "pupil", f"objectives.teacher={teacher}", "image_encoder.shape.layers=1")
+    assert all(row["distillation"] > 0 for row in told(pupil))
+    on = trained(scenes, tmp_path / "on", f"objectives.teacher={teacher}", f"model.start={pupil}")
+    assert all(row["distillation"] > 0 for row in told(on))
+
+
+def state(folder: Path, step: int) -> dict:
+    return json.loads((folder / "checkpoints" / f"{step:08d}" / "state.json").read_text())
+
+
+def test_a_guard_is_heard_and_changes_no_bit(scenes, classes, tmp_path):
+    said: list[str] = []
+    chosen = settings(scenes, tmp_path / "run", f"guard.path={classes}", "guard.allowed_loss=0.99")
+    guarded = run.train(chosen, Watch(tmp_path / "run", 1, say=said.append))
+    assert any("of 6 pictures are told right before the first step" in line for line in said)
+    assert ["guard_accuracy" in row for row in told(guarded)] == [False, True, False, True]
+    begun = state(guarded, 2)["validation"]["begun"]
+    assert begun in [n / 6 for n in range(7)] and state(guarded, 4)["validation"] == {
+        "allowed_loss": 0.99, "patience": 1, "begun": begun, "over": 0
+    }  # fmt: skip
+    plain = weights(trained(scenes, tmp_path / "plain"))
+    assert all(torch.equal(plain[name], tensor) for name, tensor in weights(guarded).items())
+
+
+def lost(monkeypatch, *figures: float) -> None:
+    heard = iter(figures)
+    monkeypatch.setattr(guard.Classes, "accuracy", lambda self, model: next(heard))
+
+
+def test_a_guard_ends_a_run_that_unlearns(scenes, classes, tmp_path, monkeypatch):
+    """…which is used with its last checkpoint that had not, and is not gone on with."""
+    more = [f"guard.path={classes}", "guard.patience=2", "train.steps=10", "train.keep=9"]
+    lost(monkeypatch, 0.9, 0.89, 0.5, 0.5)
+    out, said = tmp_path / "run", []
+    run.train(settings(scenes, out, *more), Watch(out, 1, say=said.append))
+    told_of = "guard: 50.0% are told right, and 90.0% were before the first step"
+    assert told_of + "; the run ends here" in said
+    assert len(told(out)) == 6 and state(out, 6)["ended"] == told_of
+    assert run.reopen(out)[2]["step"] == 2
+    run.train(settings(scenes, out, *more), Watch(out, 1, say=said.append), resume=True)
+    assert said[-1] == told_of + "; there the run ended" and len(told(out)) == 6
+
+
+def test_a_guard_goes_on_from_a_checkpoint(scenes, classes, tmp_path, monkeypatch):
+    more = [f"guard.path={classes}", "guard.patience=2", "train.steps=10", "train.keep=9"]
+    lost(monkeypatch, 0.9, 0.5)
+    with pytest.raises(StopIteration):  # the third measurement fails, as if the machine had
+        trained(scenes, tmp_path / "run", *more)
+    lost(monkeypatch, 0.5)
+    trained(scenes, tmp_path / "run", *more, resume=True)
+    assert len(told(tmp_path / "run")) == 4
+
+
+def test_the_best_checkpoint_is_one_that_holds_the_guard(scenes, classes, tmp_path, monkeypatch):
+    lost(monkeypatch, 0.9, 0.9, 0.1)
+    more = [f"guard.path={classes}", "guard.patience=2", "train.keep_best=true"]
+    assert run.reopen(trained(scenes, tmp_path / "run", *more))[2]["step"] == 2
+
+
+def test_a_guard_chooses_how_far_to_go(scenes, classes, tmp_path):
+    begun = trained(scenes, tmp_path / "begun", "train.steps=1")
+    tuned = trained(scenes, tmp_path / "tuned", f"model.start={begun}")
+    call = ["average", str(begun), str(tuned), str(tmp_path / "mixed"), "--guard", str(classes)]
+    done = CliRunner().invoke(cli, [*call, "--allowed-loss", "1"])
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.output.splitlines()[1:-1]]
+    assert [float(row[0]) for row in rows] == [n / 10 for n in range(11)]
+    (taken,) = [row for row in rows if row[-1] == "taken"]
+    assert float(taken[1][:-1]) == max(float(row[1][:-1]) for row in rows)
+    ours, a, b = (weights(folder) for folder in (tmp_path / "mixed", begun, tuned))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, torch.lerp(a[name], b[name], float(taken[0])))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--share", "0.5", "--guard", "."], "--share and --guard: give one"),
+        (["--names", "x"], "give --guard FOLDER"),
+    ],
+)
+def test_a_guard_or_a_share(scenes, tmp_path, more, told):
+    done = CliRunner().invoke(cli, ["average", str(tmp_path), str(tmp_path), str(tmp_path / "out"), *more])
+    assert done.exit_code == 2 and told in done.output
 
 
 def test_both_towers_leave_as_onnx_and_answer_alike(scenes, tmp_path):

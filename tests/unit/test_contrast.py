@@ -25,7 +25,7 @@ from diptych.models.vision import VisionConfig
 from diptych.objectives import chunked, contrastive, sigmoid
 from diptych.objectives.targets import Ids, Smoothed, Teacher
 from diptych.train.accumulate import backward
-from diptych.train.contrast import LARGEST, Contrast, ContrastObjectives
+from diptych.train.contrast import COLDEST, Contrast, ContrastObjectives
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 ROWS, EMBED = 7, 6
@@ -324,7 +324,18 @@ def test_the_scale_is_held_at_a_hundred_where_a_softmax_is_learned():
     for made in (soft, each):
         made.model.logit_scale.data.fill_(math.log(117))
         made.after_step()
-    assert soft.model.logit_scale.item() == LARGEST and each.model.logit_scale.exp().item() == pytest.approx(117)
+    assert soft.model.logit_scale.item() == pytest.approx(-math.log(COLDEST))
+    assert each.model.logit_scale.exp().item() == pytest.approx(117)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_temperature_stays_within_its_bounds(loss):
+    objectives = ContrastObjectives(loss, temperatures=(0.02, 0.5))
+    made = Contrast(model(-2.0 if loss == "sigmoid" else None), objectives)
+    for begun, kept in ((0.001, 0.02), (0.1, 0.1), (3.0, 0.5)):
+        made.model.logit_scale.data.fill_(-math.log(begun))
+        made.after_step()
+        assert made.vitals()["temperature"] == pytest.approx(kept)
 
 
 def test_vitals():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from diptych.errors import UserError
-from diptych.train.wise import SHARES, Guard, best, interpolate, sweep
+from diptych.train.guard import Guard
+from diptych.train.wise import SHARES, best, interpolate, sweep
 
 
 def network(seed: int) -> nn.Sequential:
