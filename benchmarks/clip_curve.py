@@ -173,7 +173,7 @@ def arguments() -> argparse.Namespace:
     read.add_argument("--threads", type=int, default=2)
     read.add_argument("--out", type=Path, default=Path("runs/clip-curve.png"))
     read.add_argument("more", nargs="*", help="settings of the recipe clip-scenes, KEY=VALUE")
-    return read.parse_args()
+    return read.parse_intermixed_args()
 
 
 def main() -> None:
