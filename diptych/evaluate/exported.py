@@ -91,6 +91,17 @@ def int8_cost(folder: str | Path, records: Sequence[Record]) -> dict[str, dict[s
     return found
 
 
+def cost_lines(found: dict[str, dict[str, float]], pictures: int) -> list[str]:
+    """What `int8_cost` found, for 80 columns."""
+    rows: list[tuple[str, float, float]] = []
+    floats, eights = found["float"], found["int8"]
+    for short, way in (("i2t", "image → text"), ("t2i", "text → image")):
+        rows += [(f"{way} r@{k}", 100 * floats[f"{short} r@{k}"], 100 * eights[f"{short} r@{k}"]) for k in KS]
+    rows.append(("megabytes", floats["bytes"] / 1e6, eights["bytes"] / 1e6))
+    named = f"{pictures:,} held-out pictures"
+    return [f"{named:<25} {'float':>8} {'int8':>8}", *(f"{what:<25} {a:8.1f} {b:8.1f}" for what, a, b in rows)]
+
+
 def _recalls(scores: Tensor, ids: Sequence[Any], owners: Sequence[Any]) -> dict[str, float]:
     found = retrieval(scores, ids, owners, draws=0)
     ways = {"i2t": found["image_to_text"], "t2i": found["text_to_image"]}

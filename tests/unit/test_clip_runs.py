@@ -290,6 +290,16 @@ def test_both_towers_leave_as_onnx_and_answer_alike(scenes, tmp_path):
     torch.testing.assert_close(theirs.embed_texts(texts), ours.embed_texts(texts), atol=1e-2, rtol=0)
 
 
+def test_int8_tells_what_it_costs(scenes, tmp_path):
+    run_folder = trained(scenes, tmp_path / "run")
+    done = CliRunner().invoke(cli, ["export", str(run_folder), str(tmp_path / "onnx"), "--int8"])
+    assert done.exit_code == 0, done.output
+    table = done.output[done.output.index("8 held-out pictures") :].splitlines()
+    assert table[0].split()[-2:] == ["float", "int8"] and len(table) == 8
+    floats, eights = (float(cell) for cell in table[-1].split()[-2:])
+    assert table[-1].startswith("megabytes") and eights < floats
+
+
 @pytest.mark.parametrize("command", ["pairs", "health"])
 def test_the_space_is_measured_from_the_command_line(scenes, tmp_path, command):
     run_folder = trained(scenes, tmp_path / "run", "train.steps=1")
