@@ -44,6 +44,7 @@ from diptych.train.validation import Validation
 from diptych.train.watch import Silent, Watch
 
 Say = Callable[[str], object]
+SAID = ("A photo of two dogs near the red house.", "X-ray: no focal consolidation", "一只狗在海边", "straße, naïveté")
 ADVICE = "text_encoder.tokenizer=FOLDER, and text_encoder.start=FOLDER of a BERT that has it"
 
 
@@ -119,8 +120,8 @@ def build(settings: ClipSettings, captions: Sequence[str] = (), say: Say = str) 
             words = _trimmed(words, captions)
         return _assembled(settings, _config(settings, fresh(chosen, words), words), words, None, _teacher(settings))
     start = str(starter.text_folder()) if chosen.start == "starter" else chosen.start
-    words = texts.open_words(chosen.tokenizer or start)
     text, family = texts.shape(start)
+    words = _words(chosen.tokenizer, start, text)
     text = replace(text, stack=replace(text.stack, dropout=chosen.dropout, attention_dropout=chosen.dropout))
     built = _assembled(settings, _config(settings, text, words), words, None, _teacher(settings))
     encoder = built.model.text.encoder
@@ -145,7 +146,7 @@ def _fill_pooler(pool: nn.Module, place: str) -> None:
 
 def continued(settings: ClipSettings, found: clips.Found, say: Say) -> BuiltClip:
     """A whole model, both of whose towers a checkpoint gives."""
-    words = texts.open_words(settings.text_encoder.tokenizer or found.words)
+    words = _words(settings.text_encoder.tokenizer, found.words, found.config.text)
     built = _assembled(settings, found.config, words, found.spec, _teacher(settings))
     for line in [*found.fill(built.model), f"started from {settings.model.start}"]:
         say(line)
@@ -159,7 +160,7 @@ def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
         config = config_of(before.model)
     except UserError:  # that image encoder has no figures of ours
         config = before.config
-    words = texts.open_words(settings.text_encoder.tokenizer or str(place))
+    words = _words(settings.text_encoder.tokenizer, str(place), config.text)
     built = _assembled(settings, config, words, before.model.image.spec, _teacher(settings))
     try:
         built.model.load_state_dict(before.model.state_dict())
@@ -168,6 +169,26 @@ def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
         raise UserError(f"model.start={place}: {told}") from None
     say(f"started from {place}")
     return _all_started(built)
+
+
+def _words(named: str | None, own: str, text: TextConfig) -> Words:
+    """The tokenizer that settings name, or a checkpoint's own, at the place `own`. UserError where the two differ, for
+    the encoder's words would then be others."""
+    if named is None:
+        return texts.open_words(own)
+    words = texts.open_words(named)
+    try:
+        known = texts.open_words(own)
+    except UserError:  # it brings none
+        return words
+    if known.size <= text.vocab and (known.size, known.rows(SAID)) != (words.size, words.rows(SAID)):
+        sizes = (
+            f"{words.size:,} tokens beside {known.size:,}"
+            if words.size != known.size
+            else "the same words cut otherwise"
+        )
+        raise UserError(f"text_encoder.tokenizer={named} is another than the checkpoint's own ({sizes}): leave it out")
+    return words
 
 
 def _trained(place: Path) -> BuiltClip:

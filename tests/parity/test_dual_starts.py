@@ -87,6 +87,16 @@ def test_hugging_face_towers_of_the_family_are_our_own(folders):
     assert tap.probabilities[0].shape == (1, 2, 37, 37)
 
 
+def test_another_tokenizer_than_the_checkpoints_is_one_line(folders, tmp_path):
+    with pytest.raises(UserError, match=r"bert is another than the checkpoint's own \(25 tokens beside"):
+        built(folders, "clip", "roberta", f"text_encoder.tokenizer={folders / 'bert'}")
+    built(folders, "clip", "bert", f"text_encoder.tokenizer={folders / 'bert'}")
+    words = (folders / "bert" / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    (tmp_path / "vocab.txt").write_text("\n".join(words[:5] + words[:4:-1]), encoding="utf-8")
+    with pytest.raises(UserError, match="the same words cut otherwise"):
+        built(folders, "clip", "bert", f"text_encoder.tokenizer={tmp_path}")
+
+
 def test_mistakes_are_one_line(folders, tmp_path):
     with pytest.raises(UserError, match="size=30 is no multiple of the patch, 8 pixels"):
         built(folders, "clip", "bert", "image_encoder.size=30")
