@@ -320,11 +320,11 @@ class TextEncoder(TextModelChoice):
 class Towers(Section):
     """start: a whole model to go on from, of which both encoders come: another run, OpenAI's file, a folder of Hugging
     Face's (CLIPModel, SiglipModel, VisionTextDualEncoderModel), of OpenCLIP's, or a hub id; image_encoder and
-    text_encoder then only say what is frozen (and which image encoder, where a run has one of others'). embed: width of
-    the space. image_pool, text_pool: what makes one vector of an encoder's states; "auto": the mean of a picture's, and
-    of a text its end, or of one that is read both ways the mean; "pooler": the first one's through a layer and tanh,
-    which is the checkpoint's (BERT's, ViT's) where it has one. temperature: at the start; bias: of a sigmoid's logits,
-    at the start.
+    text_encoder then only say what is frozen, and image_encoder.size another side of pictures (and which image encoder,
+    where a run has one of others'). embed: width of the space. image_pool, text_pool: what makes one vector of an
+    encoder's states; "auto": the mean of a picture's, and of a text its end, or of one that is read both ways the mean;
+    "pooler": the first one's through a layer and tanh, which is the checkpoint's (BERT's, ViT's) where it has one.
+    temperature: at the start; bias: of a sigmoid's logits, at the start.
     """
 
     start: Place | None = None

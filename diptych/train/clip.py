@@ -250,7 +250,7 @@ def _assembled(
     if settings.image_encoder.name.startswith("hf:") and guest is not None:
         _fill_pooler(model.image.pool, settings.image_encoder.name.removeprefix("hf:"))
     if spec is not None:
-        model.image.spec = model.image.encoder.spec = spec
+        model.image.spec = model.image.encoder.spec = _sized(spec, config, settings.image_encoder.size)
     for tower, chosen in ((model.image, settings.image_encoder), (model.text, settings.text_encoder)):
         if chosen.frozen:
             freeze(tower.encoder)
@@ -259,6 +259,18 @@ def _assembled(
     if guest is not None and not is_frozen(guest) and _has_weights(settings.image_encoder):
         program.started = _started("model.image.encoder.", guest)
     return BuiltClip(program, words, config)
+
+
+def _sized(spec: ImageSpec, config: ClipConfig, size: int | None) -> ImageSpec:
+    """For pictures of another side than a checkpoint's own, to whose grid positions stretch."""
+    if size is None or size == spec.size:
+        return spec
+    if isinstance(config.image, TimmConfig):
+        raise UserError(f"image_encoder.size={size}: this checkpoint is for pictures of {spec.size} pixels alone")
+    patch = config.image.patch if isinstance(config.image, VisionConfig) else 32 if config.image else 1
+    if size % patch:
+        raise UserError(f"image_encoder.size={size} is no multiple of the patch, {patch} pixels")
+    return replace(spec, size=size)
 
 
 def _teacher(settings: ClipSettings) -> DualEncoder | None:

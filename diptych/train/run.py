@@ -29,6 +29,7 @@ from diptych.train.parallel import spread
 from diptych.train.program import Program
 from diptych.train.skipped import Skipped
 from diptych.train.trackers import Trackers
+from diptych.train.validation import Validation
 from diptych.train.watch import Silent, Watch
 
 # What a run that goes on may be given anew: the rest decides which bits come out. (Some of these change last bits too,
@@ -122,18 +123,22 @@ def _steps(settings: Settings, made: Made, watch: Watch, skipped: Skipped, begun
             watch.step(step, steps, batches.batch, meter.read(step.seconds) | figures)
             if not is_kept:
                 return False
-            told: dict[str, Any] = {"steps": steps}
-            if made.validation:
-                ended = made.validation.ends(figures)
-                told |= {"score": made.validation.score(figures), "validation": made.validation.state(), "ended": ended}
-                if ended and done < steps:
-                    watch.say(f"{ended}; the run ends here")
-            kept.save(done, program, moves, told, frozen)
-            return bool(told.get("ended"))
+            judged = _judged(made.validation, figures) if made.validation else {}
+            kept.save(done, program, moves, {"steps": steps, **judged}, frozen)
+            ended = judged.get("ended")
+            if ended and done < steps:
+                watch.say(f"{ended}; the run ends here")
+            return bool(ended)
 
         with watch:
             stream = meter.heard(skipped.heard(batches.read(watch.start, steps, made.workers)))
             loop.run(program, moves, stream, settings.train, steps, watch.start, after, partial(keep, out), call)
+
+
+def _judged(validation: Validation, figures: dict[str, float]) -> dict[str, Any]:
+    """What a checkpoint says of itself by its figures."""
+    ended = validation.ends(figures)
+    return {"score": validation.score(figures), "validation": validation.state(), "ended": ended}
 
 
 def _begun(out: Path, settings: Settings, resume: bool) -> bool:

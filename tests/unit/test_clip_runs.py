@@ -173,6 +173,16 @@ def test_a_run_goes_on_from_another(scenes, tmp_path, more):
     assert any(not torch.equal(moved[name], before[name]) for name in before)
 
 
+def test_a_run_goes_on_with_larger_pictures(scenes, tmp_path):
+    begun = trained(scenes, tmp_path / "begun", "train.steps=1")
+    larger = trained(scenes, tmp_path / "on", f"model.start={begun}", "image_encoder.size=48")
+    opened = diptych.load(larger)
+    assert opened.model.model.image.spec.size == 48
+    assert opened.embed_images(sorted(map(str, scenes.glob("**/*.png")))[:2]).shape == (2, 8)
+    with pytest.raises(UserError, match="size=44 is no multiple of the patch, 8 pixels"):
+        trained(scenes, tmp_path / "odd", f"model.start={begun}", "image_encoder.size=44")
+
+
 def test_only_a_dual_encoder_is_gone_on_from(scenes, tmp_path):
     begun = trained(scenes, tmp_path / "begun", "train.steps=1", "image_encoder.name=starter")
     with pytest.raises(UserError, match="its image encoder is not image_encoder.name=timm:resnet18"):
