@@ -68,6 +68,7 @@ def sweep(
     if unknown:
         raise UserError(f"'{unknown[0]}' is not of this model{nearest(unknown[0], model.state_dict())}")
     _compare(start, tuned)
+    start, tuned = ({name: tensor.clone() for name, tensor in end.items()} for end in (start, tuned))  # may be its own
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in tuned}
     modes = {module: module.training for module in model.modules()}
     rows = []

@@ -92,6 +92,15 @@ def test_a_sweep_measures_each_share_and_leaves_the_model():
     assert model.training and not model[0].training and model[1].training
 
 
+def test_a_sweep_to_a_models_own_weights():
+    """…which it has while each share is measured."""
+    model = nn.Linear(1, 1, bias=False)
+    start = {"weight": torch.zeros(1, 1)}
+    nn.init.ones_(model.weight)
+    rows = sweep(model, start, model.state_dict(), SHARES, lambda seen: {"weight": seen.weight.item()})
+    assert [row["weight"] for row in rows] == pytest.approx(SHARES) and model.weight.item() == 1
+
+
 def test_a_sweep_that_fails_leaves_the_model_too():
     model = network(3)
     before = {n: t.clone() for n, t in model.state_dict().items()}
