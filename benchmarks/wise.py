@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     read.add_argument("data", help="to go on with")
     read.add_argument("--out", type=Path, default=Path("runs/wise"), help="a folder")
     read.add_argument("--pictures", type=int, default=1000, help="of each guard")
-    read.add_argument("--allowed-loss", type=float, default=0.02)
+    read.add_argument("--allowed-loss", type=float, default=0.01)
     read.add_argument("--threads", type=int, default=2)
     read.add_argument("more", nargs="*", help="settings of the fine-tuning, KEY=VALUE")
     return read.parse_intermixed_args()
