@@ -65,7 +65,7 @@ def batches(start: int = 0) -> Iterator[PairBatch]:
 def trained(made: Stage1, steps: int = 3, start: int = 0, moves=None, total: int = 6) -> Moves:
     """`made` after steps start … steps of a run of `total`, and its optimizer."""
     moves = moves or Moves(optimizer(made, SETTINGS.lr, SETTINGS.betas, SETTINGS.weight_decay))
-    with patch.object(loop, "rate", lambda number, _, warmup, final: rate(number, total, warmup, final)):
+    with patch.object(loop, "rate", lambda number, _, *how: rate(number, total, *how)):
         loop.run(made, moves, batches(start), SETTINGS, steps, start)
     return moves
 
