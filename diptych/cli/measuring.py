@@ -100,11 +100,9 @@ def health(run: Path, split: str | None, limit: int, out: Path | None, as_json: 
         raise UserError(f"--out {out}: give a name that ends in .png or .svg")
 
     def measure(model: Any) -> dict[str, Any]:
-        from diptych.train.paired import splits
-        from diptych.train.run import settings_of, split_of
+        from diptych.train.evaluation import held_out
 
-        parts = splits(settings_of(run))
-        records = parts[split_of(run, parts, split)][:limit]
+        records = held_out(run, split, limit)
         texts = [text for record in records for text in record.captions]
         owners = [place for place, record in enumerate(records) for _ in record.captions]
         return health.health(model, [record.image for record in records], texts, owners)

@@ -82,12 +82,10 @@ def export(run: Path, out: Path, to: Format, opset: int | None, int8: bool) -> N
 def _tell_cost(run: Path, out: Path) -> None:
     """Of 8 bits, beside the floats."""
     from diptych.evaluate import exported
-    from diptych.train.paired import splits
-    from diptych.train.run import settings_of, split_of
+    from diptych.train.evaluation import held_out
 
     try:
-        parts = splits(settings_of(run))
-        records = parts[split_of(run, parts, None)][:MEASURED]
+        records = held_out(run, limit=MEASURED)
     except UserError as error:
         click.echo(f"what 8 bits cost was not measured: {error}")
         return

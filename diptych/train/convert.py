@@ -28,7 +28,7 @@ from diptych.train import convert_clip, convert_text
 from diptych.train.build import Built, Say, build
 from diptych.train.encoders import check_weights
 from diptych.train.opened import Opened
-from diptych.train.run import reopen, write_untrained
+from diptych.train.run import is_run, reopen, write_untrained
 
 Writer = Callable[[Any, Path], list[str]]
 FORMATS = ("lavis", "hf", "openai", "openclip", "diptych")
@@ -126,7 +126,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 def open_source(source: str | Path, to: str, choices: Choices) -> Opened[Any, Any]:
     """Whatever `source` is, as a run has it."""
     path = Path(source)
-    if (path / "settings.yaml").is_file():
+    if is_run(path):
         if to == "diptych":
             raise UserError(f"{path} is a diptych run already; convert it --to lavis or --to hf")
         if choices != Choices():

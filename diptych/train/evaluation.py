@@ -88,6 +88,12 @@ def evaluate(
         return _evaluate(load(folder), split, chosen, report, say)
 
 
+def held_out(folder: Path, split: str | None = None, limit: int | None = None) -> list[Record]:
+    """The first `limit` records of a run's split, as `split_of` chooses it. UserError where the data is not at hand."""
+    parts = splits(settings_of(folder))
+    return parts[split_of(folder, parts, split)][:limit]
+
+
 def _chosen(settings: Any, asked: dict[str, Any], folder: str | Path) -> Any:
     """The recipe's evaluation section with what is asked for besides. UserError for what the model has not."""
     given = {name: it for name, it in asked.items() if it is not None}
