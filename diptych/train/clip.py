@@ -32,7 +32,7 @@ from diptych.settings import ClipSettings, Encoder
 from diptych.text.tokenizer import Tokenizer, Words
 from diptych.train import cost, loop, paired, refusals, step_cost
 from diptych.train.contrast import Contrast, ContrastObjectives
-from diptych.train.encoders import check_weights, image_encoder
+from diptych.train.encoders import check_size, check_weights, image_encoder
 from diptych.train.family import Made
 from diptych.train.features import embedded
 from diptych.train.guard import Guarded
@@ -268,8 +268,7 @@ def _sized(spec: ImageSpec, config: ClipConfig, size: int | None) -> ImageSpec:
     if isinstance(config.image, TimmConfig):
         raise UserError(f"image_encoder.size={size}: this checkpoint is for pictures of {spec.size} pixels alone")
     patch = config.image.patch if isinstance(config.image, VisionConfig) else 32 if config.image else 1
-    if size % patch:
-        raise UserError(f"image_encoder.size={size} is no multiple of the patch, {patch} pixels")
+    check_size(size, patch)
     return replace(spec, size=size)
 
 

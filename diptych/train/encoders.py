@@ -63,6 +63,12 @@ def check_weights(chosen: Encoder) -> None:
         )
 
 
+def check_size(size: int, patch: int) -> None:
+    """`UserError` for a side of pictures that patches of so many pixels don't fill."""
+    if size % patch:
+        raise UserError(f"image_encoder.size={size} is no multiple of the patch, {patch} pixels")
+
+
 def _refuse_unheard(chosen: Encoder, kind: str) -> None:
     """What this kind of encoder would not listen to."""
     takes = {"stage": ("starter", "timm"), "weights": ("timm", "eva", "clip"), "shape": ("eva", "clip", "vit")}
@@ -123,8 +129,7 @@ def _own(folder: Path, theirs: Any, chosen: Encoder) -> VisionTransformer:
     config_of, table = OURS[theirs.model_type]
     config = config_of(theirs)
     size = chosen.size or config.image_size
-    if size % config.patch:
-        raise UserError(f"image_encoder.size={size} is no multiple of the patch, {config.patch} pixels")
+    check_size(size, config.patch)
     encoder = VisionTransformer(replace(config, image_size=size))
     checkpoints.load(encoder, folder, table(encoder.config))
     figures = folder / PICTURES
