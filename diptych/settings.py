@@ -64,13 +64,15 @@ class Encoder(Section):
     "hf:FOLDER", "eva" or "clip" (LAVIS's towers), "vit" (CLIP's, random, of `shape`). weights: a file; size: side in
     pixels, when not the model's own. shape: of an "eva" or "clip" tower, when not the published one. stage: of the
     starter or a timm convolution tower, the map to take instead of the last, counted from 0 (the starter's 3: finer,
-    and better at colours and shapes)."""
+    and better at colours and shapes). freeze_bn: of an encoder that is trained, batch norms keep the statistics that
+    they came with; None: where it comes with weights, which a batch's own statistics would upset."""
 
     name: str = "starter"
     weights: Place | None = None
     size: int | None = Field(None, gt=0)
     stage: int | None = Field(None, ge=0)
     frozen: bool = True
+    freeze_bn: bool | None = None
     shape: TowerShape | None = None
 
 

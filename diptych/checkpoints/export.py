@@ -27,7 +27,7 @@ from diptych.checkpoints import texts
 from diptych.errors import UserError, nearest
 from diptych.models.clip import DualEncoder, FilledTextTower, TextTower
 from diptych.models.language import TextModel
-from diptych.models.resnet import ModifiedResNet
+from diptych.models.resnet import CELL, ModifiedResNet
 from diptych.models.timm_tower import TimmTrunk
 from diptych.models.vision import TimmEncoder, VisionTransformer
 from diptych.text.tokenizer import Words
@@ -169,7 +169,7 @@ def _cell(encoder: nn.Module) -> int | None:
     if isinstance(encoder, VisionTransformer):
         return encoder.config.patch
     if isinstance(encoder, ModifiedResNet):
-        return 32
+        return CELL
     if isinstance(encoder, TimmEncoder | TimmTrunk) and getattr(encoder.model, "feature_info", None):
         return encoder.model.feature_info[-1]["reduction"]
     return None

@@ -27,6 +27,11 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All of a module, of one dimension or more, its own or a library's."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+
 def prune_heads(attention: Attention, heads: Iterable[int]) -> None:
     """Takes `heads` out of an attention for good; the rest compute what they did."""
     gone = set(heads)

@@ -15,6 +15,7 @@ from diptych.core.config import StackConfig
 from diptych.models.vision import ImageSpec, ImageTokens, stretch
 
 EXPANSION = 4  # channels of a block's output over those inside it
+CELL = 32  # pixels along a side of a cell of the last map
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ResNetConfig:
     @property
     def side(self) -> int:
         """Of the last map, at the model's own picture size."""
-        return self.image_size // 32
+        return self.image_size // CELL
 
 
 class Bottleneck(nn.Module):

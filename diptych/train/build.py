@@ -16,7 +16,7 @@ from diptych.models.blip2 import Stage1Config, Stage1Model
 from diptych.models.qformer import QFormerConfig
 from diptych.settings import Stage1Settings
 from diptych.text.tokenizer import Tokenizer
-from diptych.train.encoders import image_encoder
+from diptych.train.encoders import freezes_bn, image_encoder
 from diptych.train.programs import Stage1, Stage1Objectives
 
 Say = Callable[[str], None]
@@ -85,6 +85,7 @@ def build(
     on = settings.objectives
     objectives = Stage1Objectives(**on.model_dump())
     program = Stage1(encoder, model, objectives, words.start, settings.train.seed)
+    program.freeze_bn = freezes_bn(settings.image_encoder)
     if folder:
         program.started = {f"model.{name}": above for name, above in started(model).items()}
     return Built(program, words)

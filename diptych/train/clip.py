@@ -24,15 +24,15 @@ from diptych.evaluate.gallery import Gallery
 from diptych.evaluate.towers import TwoTowers
 from diptych.models.clip import ClipConfig, DualEncoder, PooledCell, PooledToken, config_of, dual_encoder
 from diptych.models.language import TextConfig
-from diptych.models.resnet import ResNetConfig
+from diptych.models.resnet import CELL, ResNetConfig
 from diptych.models.timm_tower import TimmConfig
 from diptych.models.vision import ImageSpec, VisionConfig
 from diptych.objectives import gather
-from diptych.settings import ClipSettings, Encoder
+from diptych.settings import ClipSettings
 from diptych.text.tokenizer import Tokenizer, Words
 from diptych.train import cost, loop, paired, refusals, step_cost
 from diptych.train.contrast import Contrast, ContrastObjectives
-from diptych.train.encoders import check_size, check_weights, image_encoder
+from diptych.train.encoders import check_size, check_weights, freezes_bn, has_weights, image_encoder
 from diptych.train.family import Made
 from diptych.train.features import embedded
 from diptych.train.guard import Guarded
@@ -81,7 +81,7 @@ def made(settings: ClipSettings, watch: Watch, faults: list[Fault]) -> Made:
     captions = [text for record in parts["train"] for text in record.captions]
     built = build(settings, captions, watch.say)
     program, words = built.program, built.words
-    refusals.check_batch_norms(settings, built.model.image)
+    refusals.check_batch_norms(settings, program, built.model.image)
     paired.warn_of_unknown_words(captions, words, ADVICE, watch)
     program.to(device())
     batches = paired.batches(settings, built.model.image.encoder, words, parts["train"], watch, faults)
@@ -256,7 +256,8 @@ def _assembled(
             freeze(tower.encoder)
     objectives = ContrastObjectives(**settings.objectives.model_dump(exclude={"teacher"}))
     program = Contrast(model, objectives, teacher)
-    if guest is not None and not is_frozen(guest) and _has_weights(settings.image_encoder):
+    program.freeze_bn = freezes_bn(settings.image_encoder, settings.model.start is not None)
+    if guest is not None and not is_frozen(guest) and has_weights(settings.image_encoder):
         program.started = _started("model.image.encoder.", guest)
     return BuiltClip(program, words, config)
 
@@ -267,7 +268,7 @@ def _sized(spec: ImageSpec, config: ClipConfig, size: int | None) -> ImageSpec:
         return spec
     if isinstance(config.image, TimmConfig):
         raise UserError(f"image_encoder.size={size}: this checkpoint is for pictures of {spec.size} pixels alone")
-    patch = config.image.patch if isinstance(config.image, VisionConfig) else 32 if config.image else 1
+    patch = config.image.patch if isinstance(config.image, VisionConfig) else CELL if config.image else 1
     check_size(size, patch)
     return replace(spec, size=size)
 
@@ -284,10 +285,6 @@ def _teacher(settings: ClipSettings) -> DualEncoder | None:
     found.fill(model)
     model.image.spec = found.spec
     return model
-
-
-def _has_weights(chosen: Encoder) -> bool:
-    return bool(chosen.weights) or chosen.name.startswith(("starter", "hf:"))
 
 
 def _kept(folder: Path) -> tuple[ClipConfig, ImageSpec]:

@@ -54,6 +54,16 @@ def image_encoder(chosen: Encoder) -> nn.Module:
     return freeze(encoder) if chosen.frozen else encoder
 
 
+def has_weights(chosen: Encoder) -> bool:
+    """Whether the encoder is one that was trained before."""
+    return bool(chosen.weights) or chosen.name.startswith(("starter", "hf:"))
+
+
+def freezes_bn(chosen: Encoder, is_start: bool = False) -> bool:
+    """Whether its batch norms keep their statistics where it is trained. is_start: another model gives its weights."""
+    return is_start or has_weights(chosen) if chosen.freeze_bn is None else chosen.freeze_bn
+
+
 def check_weights(chosen: Encoder) -> None:
     """`UserError` where a frozen encoder would keep the random numbers that it was made with."""
     if chosen.frozen and not chosen.weights and chosen.name.startswith(("timm:", "eva", "clip", "vit")):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.stack import Stack
-from diptych.core.surgery import is_frozen
+from diptych.core.surgery import batch_norms, is_frozen
 from diptych.data.steps import Batch
 
 
@@ -38,6 +38,7 @@ class Program(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.started: dict[str, int] = {}  # weights that another model gave → how many blocks lie above each
+        self.freeze_bn = False  # batch norms keep the statistics that they came with
 
     @property
     def stack(self) -> Stack:
@@ -78,11 +79,14 @@ class Program(nn.Module):
         return {}
 
     def train(self, mode: bool = True) -> Program:
-        """As torch's, except that what is frozen stays in eval mode."""
+        """As torch's, except that what is frozen stays in eval mode, and so do batch norms that keep their
+        statistics."""
         super().train(mode)
         for child in self.children():
             if any(True for _ in child.parameters()) and is_frozen(child):
                 child.eval()
+        for norm in batch_norms(self) if self.freeze_bn else ():
+            norm.eval()
         return self
 
 

@@ -6,13 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from diptych.core.surgery import is_frozen
+from diptych.core.surgery import batch_norms, is_frozen
 from diptych.errors import UserError
 from diptych.objectives import gather
 from diptych.settings import PairSettings, Settings, Stage1Settings
 from diptych.train import compiled, eightbit, trackers
 from diptych.train.encoders import check_weights
 from diptych.train.loop import device, precision
+from diptych.train.program import Program
 
 
 def check(settings: Settings) -> None:
@@ -49,15 +50,15 @@ def check_features(settings: PairSettings) -> None:
         )
 
 
-def check_batch_norms(settings: PairSettings, encoder: nn.Module | None) -> None:
+def check_batch_norms(settings: PairSettings, program: Program, encoder: nn.Module | None) -> None:
     """`UserError` where batch norms of a trained encoder would see parts of a batch."""
     _, size = gather.world()
-    if encoder is None or is_frozen(encoder) or (size == 1 and settings.train.accumulate == 1):
+    if encoder is None or is_frozen(encoder) or program.freeze_bn or (size == 1 and settings.train.accumulate == 1):
         return
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
+    if batch_norms(encoder):
         raise UserError(
             f"image_encoder.name={settings.image_encoder.name} has batch norms, which look at a whole batch: train it "
-            "in one process with train.accumulate=1, or give image_encoder.frozen=true"
+            "in one process with train.accumulate=1, or give image_encoder.freeze_bn=true"
         )
 
 

@@ -36,7 +36,7 @@ def made(settings: Stage1Settings, watch: Watch, faults: list[Fault]) -> Made:
     texts = [text for record in parts["train"] for text in record.captions]
     built = build(settings, watch.say, texts=texts)
     program, words = built.program, built.tokenizer
-    refusals.check_batch_norms(settings, program.image_encoder)
+    refusals.check_batch_norms(settings, program, program.image_encoder)
     paired.warn_of_unknown_words(texts, words, ADVICE, watch)
     program.to(device())
     batches = paired.batches(settings, program.image_encoder, words, parts["train"], watch, faults)

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import diptych
 from diptych import config
+from diptych.checkpoints import starter
 from diptych.cli import cli
 from diptych.data.scenes import write
 from diptych.errors import UserError
@@ -87,6 +88,30 @@ def test_a_run_is_opened_as_it_was_trained(scenes, tmp_path, more):
     torch.testing.assert_close(matched, seen @ said.T, atol=1e-5, rtol=0)
     found = evaluation.evaluate(folder, say=lambda line: None)
     assert found["retrieval"][0]["protocol"].startswith("1 picture") and (folder / "report.html").is_file()
+
+
+def batch_norms_after(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Statistics and weights of a trained starter's batch norms, and how far each is from where it began."""
+    begun = dict(starter.image_encoder(32).state_dict(prefix="model.image.encoder."))
+    moved = {name: (tensor - begun[name]).abs().max() for name, tensor in weights(folder).items() if name in begun}
+    statistics = [moved[name] for name in moved if name.endswith(("running_mean", "running_var"))]
+    return statistics, [moved[name] for name in moved if ".bn" in name and name.endswith("weight")]
+
+
+def test_batch_norms_that_come_with_weights_keep_their_statistics(scenes, tmp_path):
+    more = ["image_encoder.name=starter", "train.precision=float32", "text_encoder.dropout=0"]
+    whole, parts = (trained(scenes, tmp_path / f"{count}", *more, f"train.accumulate={count}") for count in (1, 2))
+    assert [row["loss"] for row in told(parts)] == pytest.approx([row["loss"] for row in told(whole)], rel=1e-4)
+    statistics, scales = batch_norms_after(whole)
+    assert statistics and not any(statistics) and all(scales)
+
+
+def test_batch_norms_follow_the_batches_where_they_are_let(scenes, tmp_path):
+    more = ["image_encoder.name=starter", "image_encoder.freeze_bn=false"]
+    statistics, _ = batch_norms_after(trained(scenes, tmp_path / "run", *more))
+    assert statistics and all(statistics)
+    with pytest.raises(UserError, match="give image_encoder.freeze_bn=true"):
+        trained(scenes, tmp_path / "parts", *more, "train.accumulate=2")
 
 
 def test_going_on_gives_the_same_bits(scenes, tmp_path):

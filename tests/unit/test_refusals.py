@@ -9,6 +9,7 @@ from torch import nn
 from diptych import config
 from diptych.errors import UserError
 from diptych.train import refusals
+from diptych.train.program import Program
 
 
 @pytest.mark.parametrize(
@@ -30,9 +31,12 @@ def test_what_spread_weights_cannot_do(asked, said):
 
 def test_batch_norms_of_a_trained_encoder_want_the_whole_batch():
     encoder = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    whole, parts = config.load("demo"), config.load("demo", ["train.accumulate=2"])
-    refusals.check_batch_norms(whole, encoder)
+    whole, parts, program = config.load("demo"), config.load("demo", ["train.accumulate=2"]), Program()
+    refusals.check_batch_norms(whole, program, encoder)
     with pytest.raises(UserError, match="has batch norms, which look at a whole batch"):
-        refusals.check_batch_norms(parts, encoder)
-    refusals.check_batch_norms(parts, encoder.requires_grad_(False))
-    refusals.check_batch_norms(parts, nn.Conv2d(3, 4, 1))
+        refusals.check_batch_norms(parts, program, encoder)
+    refusals.check_batch_norms(parts, program, nn.Conv2d(3, 4, 1))
+    program.freeze_bn = True
+    refusals.check_batch_norms(parts, program, encoder)
+    program.freeze_bn = False
+    refusals.check_batch_norms(parts, program, encoder.requires_grad_(False))
