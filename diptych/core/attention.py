@@ -140,6 +140,20 @@ class Normed(NamedTuple):
         return F.linear(self.standard, layer.weight * self.scale, F.linear(self.shift, layer.weight, layer.bias))
 
 
+def only_at(x: Tensor, places: Tensor | None) -> Tensor:
+    """(B, T, D) at places (B, n): (B, n, D). All of it without any."""
+    return x if places is None else x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _looking(mask: Tensor, places: Tensor) -> Tensor:
+    """The rows (B, 1 or H, n, N) of a mask for those who look from places (B, n); one row for all stays one."""
+    mask = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape)
+    if mask.shape[2] == 1:
+        return mask
+    rows = places[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    return mask.expand(places.shape[0], -1, -1, -1).gather(2, rows)
+
+
 class Attention(nn.Module):
     """Self-attention: (B, T, D) → (B, T, D).
 
@@ -194,8 +208,13 @@ class Attention(nn.Module):
         past: BlockPast | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
         layout: Layout = RECTANGLE,
+        only: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = (self.split(layout.pad(projection(x))) for projection in (self.q, self.k, self.v))
+        """only: (B, n), places of those who look, in a rectangle and without a score bias → (B, n, D)."""
+        q = self.split(layout.pad(self.q(only_at(x, only))))
+        k, v = (self.split(layout.pad(projection(x))) for projection in (self.k, self.v))
+        if only is not None and mask is not None:
+            mask = _looking(mask, only)
         if past is not None:
             k, v = past.extend(k, v)
         bias = None

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diptych.core.attention import Attention, CrossAttention, Normed
+from diptych.core.attention import Attention, CrossAttention, Normed, only_at
 from diptych.core.config import StackConfig
 from diptych.core.dropout import Dropout
 from diptych.core.layout import RECTANGLE, Layout
@@ -101,7 +101,7 @@ class DropPath(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """x + drop(scale(branch(norm(x))))."""
+    """x + drop(scale(branch(norm(x)))). only: the places (B, n) that the branch answers for, all by default."""
 
     def __init__(self, config: StackConfig, drop_path: float = 0.0):
         super().__init__()
@@ -109,20 +109,20 @@ class PreNorm(nn.Module):
         self.scale = nn.Identity() if config.layer_scale is None else LayerScale(config.width, config.layer_scale)
         self.drop = DropPath(drop_path) if drop_path else Dropout(config.dropout)
 
-    def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
-        return x + self.drop(self.scale(branch(self.norm(x), *context)))
+    def forward(self, x: Tensor, branch: nn.Module, *context, only: Tensor | None = None) -> Tensor:
+        return only_at(x, only) + self.drop(self.scale(branch(self.norm(x), *context)))
 
 
 class PostNorm(nn.Module):
-    """norm(x + drop(branch(x)))."""
+    """norm(x + drop(branch(x))). only: as `PreNorm` has it."""
 
     def __init__(self, config: StackConfig, drop_path: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.drop = DropPath(drop_path) if drop_path else Dropout(config.dropout)
 
-    def forward(self, x: Tensor, branch: nn.Module, *context) -> Tensor:
-        return self.norm(x + self.drop(branch(x, *context)))
+    def forward(self, x: Tensor, branch: nn.Module, *context, only: Tensor | None = None) -> Tensor:
+        return self.norm(only_at(x, only) + self.drop(branch(x, *context)))
 
 
 RESIDUALS = {"pre": PreNorm, "post": PostNorm}
@@ -143,6 +143,12 @@ class Block(nn.Module):
         self.cross_residual = residual() if has_cross else None
         self.mlp = feed_forward(config)
         self.mlp_residual = residual()
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it can answer for some places alone. A tap and a score bias want all, and so may a block whose
+        `forward` is its own."""
+        return type(self).forward is Block.forward and self.attn.tap is None and self.attn.score_bias is None
 
     @property
     def entrances(self) -> tuple[str, ...]:
@@ -167,8 +173,10 @@ class Block(nn.Module):
         past: BlockPast | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
         layout: Layout = RECTANGLE,
+        only: Tensor | None = None,
     ) -> Tensor:
-        x = self.attn_residual(x, self.attn, mask, past, positions, layout)
+        """only: (B, n), of which places the answer is wanted, where the block `narrows`: (B, n, D)."""
+        x = self.attn_residual(x, self.attn, mask, past, positions, layout, only, only=only)
         x = self.look(x, memory, layout)
         return self.mlp_residual(x, self.mlp)
 
@@ -183,7 +191,7 @@ class QueryBlock(Block):
         self.query_mlp = feed_forward(config)
         self.query_mlp_residual = RESIDUALS[config.norm](config)
 
-    def forward(
+    def forward(  # ty: ignore[incompatible-method-override]
         self,
         x: Tensor,
         mask: Tensor | None = None,

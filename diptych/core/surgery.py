@@ -219,11 +219,12 @@ def capture(stack: Stack) -> Iterator[list[Tensor]]:
 
     hooks = [stack.blocks[0].register_forward_pre_hook(first)]
     hooks += [block.register_forward_hook(after) for block in stack.blocks]
-    packs, stack.packs = stack.packs, False
+    packs, narrows = stack.packs, stack.narrows
+    stack.packs = stack.narrows = False
     try:
         yield states
     finally:
-        stack.packs = packs
+        stack.packs, stack.narrows = packs, narrows
         for hook in hooks:
             hook.remove()
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.core.attention import Attention
+from diptych.core.attention import Attention, only_at
 from diptych.core.block import MLP
 from diptych.core.config import StackConfig
 from diptych.errors import UserError
 from diptych.models import language
-from diptych.models.heads import Pooler, last_of
+from diptych.models.heads import Pooler, last_place
 from diptych.models.language import TextConfig, TextModel
 from diptych.models.resnet import ModifiedResNet, ResNetConfig, ResNetPool
 from diptych.models.timm_tower import TimmConfig, TimmTrunk
@@ -86,31 +86,54 @@ class AttentionPool(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-class EndToken(nn.Module):
-    """The state of the token that ends a text: the first `end_id`, or without one the largest id (OpenAI's rule).
-    States (B, T, D), ids, mask (B, T) → (B, D)."""
+class OneToken(nn.Module):
+    """The state of one token of each text, the only one that its encoder's last block need answer for. States
+    (B, T, D), ids, mask (B, T) → (B, D)."""
+
+    def places(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Where it is: (B, 1)."""
+        return torch.zeros_like(ids[:, :1], dtype=torch.long)
+
+    def of(self, state: Tensor) -> Tensor:
+        """(B, 1, D) → (B, D)."""
+        return state[:, 0]
+
+    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.of(only_at(hidden, self.places(ids, mask)))
+
+
+class EndToken(OneToken):
+    """That of the token that ends a text: the first `end_id`, or without one the largest id (OpenAI's rule)."""
 
     def __init__(self, end_id: int | None = None):
         super().__init__()
         self.end_id = end_id
 
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        place = ids.argmax(1) if self.end_id is None else (ids == self.end_id).int().argmax(1)
-        return hidden[torch.arange(ids.shape[0], device=ids.device), place]
+    def places(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        ends = ids if self.end_id is None else (ids == self.end_id).int()
+        return ends.argmax(1, keepdim=True)
 
 
-class FirstToken(nn.Module):
-    """The first token's state ([CLS])."""
-
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return hidden[:, 0]
+class FirstToken(OneToken):
+    """The first token's ([CLS])."""
 
 
-class LastToken(nn.Module):
-    """The last real token's state."""
+class LastToken(OneToken):
+    """The last real token's."""
 
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return last_of(hidden, mask)
+    def places(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return last_place(torch.ones_like(ids) if mask is None else mask)[:, None]
+
+
+class PooledToken(OneToken):
+    """BERT's: the first token's through a layer and tanh."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.pooler = Pooler(width)
+
+    def of(self, state: Tensor) -> Tensor:
+        return self.pooler(state)
 
 
 class MeanToken(nn.Module):
@@ -118,17 +141,6 @@ class MeanToken(nn.Module):
 
     def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return hidden.mean(1) if mask is None else mean_of(hidden, mask)
-
-
-class PooledToken(nn.Module):
-    """BERT's: the first token's state through a layer and tanh."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.pooler = Pooler(width)
-
-    def forward(self, hidden: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.pooler(hidden)
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:
@@ -159,7 +171,13 @@ class ImageTower(nn.Module):
         self.spec = encoder.spec
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.pooled(self.encoder(pixels))
+        return self.pooled(self.see(pixels))
+
+    def see(self, pixels: Tensor) -> ImageTokens:
+        """Those that the pool looks at: of our own encoder the class token alone, where that is all."""
+        if isinstance(self.pool, FirstCell | PooledCell) and isinstance(self.encoder, VisionTransformer):
+            return self.encoder(pixels, cells=False)
+        return self.encoder(pixels)
 
     def pooled(self, seen: ImageTokens) -> Tensor:
         """Of image tokens that were made before."""
@@ -187,6 +205,9 @@ class TextTower(nn.Module):
         self.encoder, self.pool, self.projection = encoder, pool, projection
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if isinstance(self.pool, OneToken) and isinstance(self.encoder, TextModel):
+            state = self.encoder(ids, mask, only=self.pool.places(ids, mask))
+            return self.projection(self.pool.of(state))
         return self.projection(self.pool(self.encoder(ids, mask), ids, mask))
 
 

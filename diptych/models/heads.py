@@ -50,9 +50,13 @@ def last_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """States (B, T, D), mask (B, T) → (B, D): each row's last real one."""
     if mask is None:
         return hidden[:, -1]
-    last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
-    rows = torch.arange(last.shape[0], device=mask.device)  # an exported program takes len() for a constant
-    return hidden[rows, last]
+    rows = torch.arange(mask.shape[0], device=mask.device)  # an exported program takes len() for a constant
+    return hidden[rows, last_place(mask)]
+
+
+def last_place(mask: Tensor) -> Tensor:
+    """(B, T), non-zero for real tokens → (B,): where the last of them stands."""
+    return torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(1)
 
 
 def bert_head(words: nn.Embedding, stack: StackConfig) -> LanguageHead:

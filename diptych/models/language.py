@@ -86,11 +86,13 @@ class TextModel(nn.Module):
         is_causal: bool | None = None,
         types: Tensor | None = None,
         positions: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """ids: (B, T), or vectors (B, T, D) that stand in place of words. mask: (B, T), non-zero for real tokens; or
         (B, T, n + T), non-zero where a token may look, and then all are real. memory: what cross-attention looks at;
         without it, it is skipped. past: what came before, extended by this call. is_causal: overrides the config (BERT
-        as a decoder). types: (B, T) token types. positions: (1 or B, T), where they are not to be counted."""
+        as a decoder). types: (B, T) token types. positions: (1 or B, T), where they are not to be counted. only:
+        (B, n), of which places the states are wanted: (B, n, D)."""
         past = self.begun(past, ids.shape[0])
         real, looks = self._looks(ids, mask, past)
         if (self.causal if is_causal is None else is_causal) and ids.shape[1] > 1:  # one token has none after it
@@ -98,7 +100,7 @@ class TextModel(nn.Module):
             looks = order if looks is None else looks & order
         if positions is None:
             positions = self.positions(ids.new_ones(ids.shape[:2], dtype=torch.long) if real is None else real, past)
-        return self.stack(self.embeddings(ids, positions, types), looks, memory, past, positions, real)
+        return self.stack(self.embeddings(ids, positions, types), looks, memory, past, positions, real, only)
 
     def begun(self, past: Past | None, rows: int) -> Past | None:
         """What `rows` texts go on from, before they do: `past` as it is (`PrefixedText` fills an empty one)."""

@@ -138,15 +138,19 @@ class VisionTransformer(nn.Module):
         bias = partial(RelativePositionBias, side, stack.heads) if config.relative_bias else lambda: None
         self.stack = Stack(stack, score_bias=lambda number: bias())
 
-    def forward(self, pixels: Tensor) -> ImageTokens:
-        """pixels: (B, 3, height, width), both sides multiples of the patch; positions stretch to the grid."""
+    def forward(self, pixels: Tensor, cells: bool = True) -> ImageTokens:
+        """pixels: (B, 3, height, width), both sides multiples of the patch; positions stretch to the grid. cells:
+        whether the grid's states are wanted, or the class token's alone."""
         x = self.patches(pixels)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)
         x = self.drop(self.norm(x + stretch(self.position, grid, self.prefix, self.align_corners)))
-        return ImageTokens(self.stack(x), grid, self.prefix)
+        if cells or self.class_token is None:
+            return ImageTokens(self.stack(x), grid, self.prefix)
+        first = torch.zeros_like(pixels[:, 0, 0, :1], dtype=torch.long)
+        return ImageTokens(self.stack(x, only=first), (0, 0), self.prefix)
 
 
 def stretch(position: Tensor, grid: tuple[int, int], prefix: int, align_corners: bool = False) -> Tensor:

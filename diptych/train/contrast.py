@@ -141,7 +141,8 @@ class Contrast(Program):
             return ImageTokens(batch.tokens, (side, side), prefix)
         if batch.pixels is None:
             raise ValueError("a batch brings image tokens, or pixels")
-        return run_frozen(encoder, normalised(batch.pixels, self.model.image.spec))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
+            return self.model.image.see(normalised(batch.pixels, self.model.image.spec))
 
     def encode(self, batch: PairBatch) -> Pairs:
         pictures = self.model.embed_tokens(self.look(batch))

@@ -30,7 +30,7 @@ def filled(model: nn.Module, table: Table, weights: dict[str, Tensor]) -> nn.Mod
 
 
 def hidden(model: DualEncoder, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """What passes through both towers, by the names of ours."""
+    """What passes through both towers, by the names of ours; of all places, not only of those that are pooled."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:
@@ -40,7 +40,8 @@ def hidden(model: DualEncoder, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]
     hooks = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     try:
         with capture(model.text.encoder.stack) as states, torch.no_grad():
-            found["image"], found["text"] = model.image(pixels), model.text(ids)
+            found["image"] = model.image.pooled(model.image.encoder(pixels))
+            found["text"] = model.text.projection(model.text.pool(model.text.encoder(ids), ids))
     finally:
         for hook in hooks:
             hook.remove()
