@@ -346,7 +346,9 @@ class ClipObjectives(Section):
     temperature: of the teacher's softmax, its own when None. exchange: of a sigmoid's texts over processes; "ring"
     holds those of two at a time. block: rows of logits held at a time, None: by memory. temperatures: the lowest and
     the highest that the learned one may come to, or None: not below 0.01 for a softmax (OpenAI's bound), any for a
-    sigmoid. Two equal ones hold it still.
+    sigmoid. Two equal ones hold it still. scale_lr, bias_lr: times train.lr, at which the temperature and a sigmoid's
+    bias are learned. threshold: of a sigmoid; the bias goes with the scale, so that the cosine at which a pair is as
+    likely right as wrong stays while the temperature changes; false: each by itself, as in SigLIP.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -358,6 +360,9 @@ class ClipObjectives(Section):
     exchange: Literal["gather", "ring"] = "gather"
     block: int | None = Field(None, gt=0)
     temperatures: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    scale_lr: float = Field(1.0, gt=0)
+    bias_lr: float = Field(1.0, gt=0)
+    threshold: bool = True
 
     @model_validator(mode="after")
     def _in_order(self) -> ClipObjectives:

@@ -41,7 +41,9 @@ class ContrastObjectives:
     distillation: weight of the cross entropy with a teacher's softmax (OpenCLIP's `DistillClipLoss`), where there is
     one; temperature: of that softmax, the teacher's own by default. exchange: how a sigmoid's texts come to other
     processes, see `sigmoid.pairwise`. block: rows of logits held at a time, by default as `chunked` has it.
-    temperatures: bounds of the learned one; without them a softmax's is not below `COLDEST`.
+    temperatures: bounds of the learned one; without them a softmax's is not below `COLDEST`. scale_lr, bias_lr: times
+    the learning rate, at which temperature and bias are learned. threshold: a sigmoid's bias goes with its scale, see
+    `Contrast.held`.
     """
 
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -53,6 +55,9 @@ class ContrastObjectives:
     exchange: sigmoid.Exchange = "gather"
     block: int | None = None
     temperatures: tuple[float, float] | None = None
+    scale_lr: float = 1.0
+    bias_lr: float = 1.0
+    threshold: bool = True
 
     def __post_init__(self) -> None:
         if self.loss == "sigmoid" and self.smoothing:
@@ -102,6 +107,9 @@ class Contrast(Program):
         encoders = (model.image.encoder, model.text.encoder)
         has_idle_bias = objectives.loss == "softmax" and model.logit_bias is not None
         self.trains_all = not has_idle_bias and all(is_frozen(e) or isinstance(e, OURS) for e in encoders)
+        self.rates = {"model.logit_scale": objectives.scale_lr, "model.logit_bias": objectives.bias_lr}
+        self.has_threshold = objectives.threshold and model.logit_bias is not None
+        self.scale_before = model.logit_scale.detach()
         self.likeness: dict[str, Tensor] = {}
 
     @property
@@ -116,14 +124,29 @@ class Contrast(Program):
                 module.eval()
         return self
 
+    def before_step(self) -> None:
+        self.scale_before = self.model.logit_scale.detach().clone()
+
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keeps the temperature, exp(−logit_scale), within its bounds."""
+        """Keeps the temperature, exp(−logit_scale), within its bounds, and lets the bias follow, see `held`."""
         if self.objectives.temperatures is not None:
             coldest, warmest = self.objectives.temperatures
             self.model.logit_scale.clamp_(-math.log(warmest), -math.log(coldest))
         elif self.objectives.loss == "softmax":
             self.model.logit_scale.clamp_(max=-math.log(COLDEST))
+        if self.has_threshold:
+            self.model.logit_bias.mul_((self.model.logit_scale - self.scale_before).exp())
+
+    def held(self, scale: Tensor, bias: Tensor) -> Tensor:
+        """The bias, whose gradient goes to the scale (a logarithm) too, as if it were −threshold · exp(scale).
+
+        A pair is as likely right as wrong where its cosine is −bias / exp(scale). With a bias of its own that threshold
+        sinks as the temperature does, so that neither can move without the other, and a short run's temperature stays
+        where it began. What is learned with the threshold held is a sharper or duller line at the same place; after a
+        step the bias is put where the threshold then asks it to be.
+        """
+        return bias + bias.detach() * (scale - scale.detach()) if self.has_threshold else bias
 
     def vitals(self) -> dict[str, float]:
         """temperature; bias, where there is one; picture_likeness, text_likeness: the mean cosine between embeddings of
@@ -187,6 +210,7 @@ class Contrast(Program):
             "text_likeness": contrastive.likeness(texts),
         }
         if on.loss == "sigmoid":
+            bias = None if bias is None else self.held(scale, bias)
             rows = sigmoid.pairwise(pictures, texts, scale.exp(), bias, ids, on.exchange, on.block)
         else:
             targets = Ids(ids, gather.gather(ids))

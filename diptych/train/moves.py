@@ -44,9 +44,9 @@ class Moves:
 def moves_of(program: Program, settings: Train, precision: torch.dtype) -> Moves:
     """Of a program that is where it will be trained, and spread over processes if it is to be."""
     device = next(p for p in program.parameters() if p.requires_grad).device
-    slower = shares(program.started, settings.start_lr, settings.layer_decay)
+    rates = shares(program.started, settings.start_lr, settings.layer_decay) | program.rates
     return Moves(
-        optimizer(program, settings.lr, settings.betas, settings.weight_decay, slower, settings.optimizer),
+        optimizer(program, settings.lr, settings.betas, settings.weight_decay, rates, settings.optimizer),
         torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         Average(program, settings.ema) if settings.ema else None,
     )

@@ -38,6 +38,7 @@ class Program(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.started: dict[str, int] = {}  # weights that another model gave → how many blocks lie above each
+        self.rates: dict[str, float] = {}  # weights that learn at a rate of their own → times `train.lr`
         self.freeze_bn = False  # batch norms keep the statistics that they came with
 
     @property

@@ -24,8 +24,10 @@ from diptych.models.language import TextConfig
 from diptych.models.vision import VisionConfig
 from diptych.objectives import chunked, contrastive, sigmoid
 from diptych.objectives.targets import Ids, Smoothed, Teacher
+from diptych.settings import Train
 from diptych.train.accumulate import backward
 from diptych.train.contrast import COLDEST, Contrast, ContrastObjectives
+from diptych.train.moves import moves_of
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 ROWS, EMBED = 7, 6
@@ -336,6 +338,30 @@ def test_the_temperature_stays_within_its_bounds(loss):
         made.model.logit_scale.data.fill_(-math.log(begun))
         made.after_step()
         assert made.vitals()["temperature"] == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("threshold", [True, False], ids=["threshold held", "bias alone"])
+def test_what_a_sigmoid_s_scale_and_bias_learn(threshold):
+    """Beside the whole matrix: of s · (cosine − threshold), or of s · cosine + bias."""
+    made, rows = Contrast(model(-2.0), ContrastObjectives("sigmoid", threshold=threshold)), batch()
+    gradients, pairs = story(made, 2), made.encode(rows)
+    log, bias = made.model.logit_scale.detach().requires_grad_(), made.model.logit_bias.detach().requires_grad_()
+    signs, cosines = 2 * same(made.ids(rows)) - 1, pairs.pictures.detach() @ pairs.texts.detach().T
+    logits = log.exp() * (cosines + bias / log.exp().detach()) if threshold else log.exp() * cosines + bias
+    wanted = torch.autograd.grad(-F.logsigmoid(signs * logits).sum(1).mean(), [log, bias])
+    torch.testing.assert_close([gradients[f"model.logit_{name}"] for name in ("scale", "bias")], [*wanted], **EXACT)
+    made.before_step()
+    made.model.logit_scale.data += 0.3
+    made.after_step()
+    assert made.model.logit_bias.item() == pytest.approx(-2 * math.exp(0.3) if threshold else -2)
+
+
+def test_temperature_and_bias_learn_at_rates_of_their_own():
+    made = Contrast(model(-2.0), ContrastObjectives("sigmoid", scale_lr=3.0, bias_lr=10.0))
+    groups = moves_of(made, Train(), torch.float32).optimizer.param_groups
+    shares = {id(weight): group["share"] for group in groups for weight in group["params"]}
+    found = {name: shares[id(weight)] for name, weight in made.named_parameters() if shares[id(weight)] != 1}
+    assert found == {"model.logit_scale": 3, "model.logit_bias": 10}
 
 
 def test_vitals():
