@@ -108,7 +108,8 @@ class Contrast(Program):
         has_idle_bias = objectives.loss == "softmax" and model.logit_bias is not None
         self.trains_all = not has_idle_bias and all(is_frozen(e) or isinstance(e, OURS) for e in encoders)
         self.rates = {"model.logit_scale": objectives.scale_lr, "model.logit_bias": objectives.bias_lr}
-        self.has_threshold = objectives.threshold and model.logit_bias is not None
+        has_bias = objectives.loss == "sigmoid" and model.logit_bias is not None
+        self.has_threshold = has_bias and objectives.threshold
         self.scale_before = model.logit_scale.detach()
         self.likeness: dict[str, Tensor] = {}
 

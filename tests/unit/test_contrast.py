@@ -356,6 +356,14 @@ def test_what_a_sigmoid_s_scale_and_bias_learn(threshold):
     assert made.model.logit_bias.item() == pytest.approx(-2 * math.exp(0.3) if threshold else -2)
 
 
+def test_a_bias_that_a_softmax_has_no_use_for_stays():
+    made = Contrast(model(-2.0), ContrastObjectives())
+    made.before_step()
+    made.model.logit_scale.data += 0.3
+    made.after_step()
+    assert made.model.logit_bias.item() == -2
+
+
 def test_temperature_and_bias_learn_at_rates_of_their_own():
     made = Contrast(model(-2.0), ContrastObjectives("sigmoid", scale_lr=3.0, bias_lr=10.0))
     groups = moves_of(made, Train(), torch.float32).optimizer.param_groups
