@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.core.stack import Stack
 from diptych.core.surgery import is_frozen
@@ -28,6 +27,7 @@ from diptych.text.tokenizer import Words
 from diptych.train import eightbit
 from diptych.train.build import Built, build
 from diptych.train.encoders import image_encoder
+from diptych.train.flops import flop_counter
 from diptych.train.live import Live, read_on
 from diptych.train.loop import autocast, device, precision
 from diptych.train.programs import Stage1, rows_of
@@ -195,7 +195,7 @@ def image_flops(encoder: nn.Module | None) -> tuple[tuple[int, int], int]:
     """(N, D) of a picture's tokens, and the FLOPs of one picture, backward too where the encoder is trained."""
     if encoder is None:
         raise ValueError("a program without an image encoder has no picture to count")
-    with _meta(encoder), torch.set_grad_enabled(not is_frozen(encoder)), FlopCounterMode(display=False) as counter:
+    with _meta(encoder), torch.set_grad_enabled(not is_frozen(encoder)), flop_counter() as counter:
         tokens = encoder(_pixels(encoder, 1)).tokens
         if tokens.requires_grad:
             tokens.sum().backward()
@@ -257,7 +257,7 @@ def step_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int) 
         for count, name in enumerate(named):
             chosen = {other: float(other in named[: count + 1]) for other in OBJECTIVES}
             program.objectives = replace(on, **chosen, matching_share=1.0, captioning_share=1.0)
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 _backward(program, rows, torch.float32)
             factor = batch / small if not count else len(rows_of(share[name], 0, batch)) / small
             flops[OBJECTIVES[name]] = round((counter.get_total_flops() - last) * factor)
@@ -315,7 +315,7 @@ def _training(program: Stage1) -> Iterator[None]:
 def encoding_flops(program: Stage1, seen: tuple[int, int], tokens: int, batch: int) -> int:
     """Of `Program.encode` after the image encoder, forward alone: measured at a few rows."""
     small = min(MEASURED, batch)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         program.encode(random_batch(program, seen, tokens, small))
     return round(counter.get_total_flops() * batch / small)
 

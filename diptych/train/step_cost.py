@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from diptych.settings import Train
 from diptych.train import cost as pictures
+from diptych.train.flops import flop_counter
 from diptych.train.live import Live, read_on
 from diptych.train.loop import autocast, device, precision
 from diptych.train.program import Program
@@ -41,7 +40,7 @@ def flops(program: Program, batch: Any) -> float:
     """Of a row of `batch`, which has `COUNTED`, forward and backward."""
     was_training = program.training
     program.train()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         program(batch)["loss"].backward()
     program.zero_grad(set_to_none=True)
     program.train(was_training)

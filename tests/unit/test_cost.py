@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from diptych import config
 from diptych.core.surgery import freeze
@@ -20,6 +20,7 @@ from diptych.text.tokenizer import Tokenizer
 from diptych.train import cost as costs
 from diptych.train.build import Built, build
 from diptych.train.cost import cost, image_flops, image_memory, parameters, random_batch, step_flops, step_memory
+from diptych.train.flops import flop_counter
 from diptych.train.live import Live, read_on
 
 SHAPE = {"width": 24, "layers": 2, "heads": 2, "patch": 8, "mlp": 48}
@@ -46,7 +47,7 @@ def settings(folder: Path, words: int = 200, **overrides: object) -> Stage1Setti
 def real_step(built: Built, rows: int, tokens: int, seen: tuple[int, int]) -> tuple[int, int]:
     """FLOPs of a whole step at `rows` pictures, run, and the most bytes alive beside weights and gradients."""
     built.program.train()
-    with Live(costs.held(built.program)) as live, FlopCounterMode(display=False) as counter:
+    with Live(costs.held(built.program)) as live, flop_counter() as counter:
         built.program(random_batch(built.program, seen, tokens, rows))["loss"].backward()
     built.program.zero_grad(set_to_none=True)
     return counter.get_total_flops(), max(live.after) - costs.trained_bytes(built.program)
@@ -234,6 +235,20 @@ for settings in larger:
     print(json.dumps([1024 * (kilobytes("VmHWM") - before), costs.cost(settings, built=built).total]), flush=True)
     os._exit(0)
 """
+
+
+def test_a_depthwise_layer_s_backward_pass_counts_as_two_forward_ones():
+    x = torch.randn(1, 8, 9, 9)
+    for layer in (nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, stride=2, groups=2), nn.Conv2d(8, 4, 3)):
+        with flop_counter() as forward:
+            found = layer(x)
+        wanted = 2 * found.numel() * layer.weight[0].numel()
+        with flop_counter() as weights_alone:
+            found.sum().backward()
+        with flop_counter() as both:
+            layer(x.clone().requires_grad_()).sum().backward()
+        counted = (forward.get_total_flops(), weights_alone.get_total_flops(), both.get_total_flops())
+        assert counted == (wanted, wanted, 3 * wanted)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc")
