@@ -65,7 +65,7 @@ class Encoder(Section):
     pixels, when not the model's own. shape: of an "eva" or "clip" tower, when not the published one. stage: of the
     starter or a timm convolution tower, the map to take instead of the last, counted from 0 (the starter's 3: finer,
     and better at colours and shapes). freeze_bn: of an encoder that is trained, batch norms keep the statistics that
-    they came with; None: where it comes with weights, which a batch's own statistics would upset."""
+    they came with; None: where it comes with weights, by model.start too, which a batch's own would upset."""
 
     name: str = "starter"
     weights: Place | None = None
@@ -326,7 +326,7 @@ class Towers(Section):
     where a run has one of others'). embed: width of the space. image_pool, text_pool: what makes one vector of an
     encoder's states; "auto": the mean of a picture's, and of a text its end, or of one that is read both ways the mean;
     "pooler": the first one's through a layer and tanh, which is the checkpoint's (BERT's, ViT's) where it has one.
-    temperature: at the start; bias: of a sigmoid's logits, at the start.
+    temperature: at the start; bias: of a sigmoid's logits, at the start, also where it goes on from a softmax's model.
     """
 
     start: Place | None = None

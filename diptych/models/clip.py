@@ -175,7 +175,7 @@ class ImageTower(nn.Module):
 
     def see(self, pixels: Tensor) -> ImageTokens:
         """Those that the pool looks at: of our own encoder the class token alone, where that is all."""
-        if isinstance(self.pool, FirstCell | PooledCell) and isinstance(self.encoder, VisionTransformer):
+        if isinstance(self.pool, FirstCell | PooledCell) and type(self.encoder).forward is VisionTransformer.forward:
             return self.encoder(pixels, cells=False)
         return self.encoder(pixels)
 
@@ -205,7 +205,7 @@ class TextTower(nn.Module):
         self.encoder, self.pool, self.projection = encoder, pool, projection
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        if isinstance(self.pool, OneToken) and isinstance(self.encoder, TextModel):
+        if isinstance(self.pool, OneToken) and type(self.encoder).forward is TextModel.forward:
             state = self.encoder(ids, mask, only=self.pool.places(ids, mask))
             return self.projection(self.pool.of(state))
         return self.projection(self.pool(self.encoder(ids, mask), ids, mask))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.core.attention import only_at
 from diptych.core.config import StackConfig
 from diptych.core.dropout import Dropout
 from diptych.core.memory import Memory, Past
@@ -48,10 +49,7 @@ class LastToken(nn.Module):
 
 def last_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """States (B, T, D), mask (B, T) → (B, D): each row's last real one."""
-    if mask is None:
-        return hidden[:, -1]
-    rows = torch.arange(mask.shape[0], device=mask.device)  # an exported program takes len() for a constant
-    return hidden[rows, last_place(mask)]
+    return hidden[:, -1] if mask is None else only_at(hidden, last_place(mask)[:, None])[:, 0]
 
 
 def last_place(mask: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def made(settings: ClipSettings, watch: Watch, faults: list[Fault]) -> Made:
     captions = [text for record in parts["train"] for text in record.captions]
     built = build(settings, captions, watch.say)
     program, words = built.program, built.words
-    refusals.check_batch_norms(settings, program, built.model.image)
+    refusals.check_batch_norms(settings, program, built.model.image.encoder)
     paired.warn_of_unknown_words(captions, words, ADVICE, watch)
     program.to(device())
     batches = paired.batches(settings, built.model.image.encoder, words, parts["train"], watch, faults)
@@ -150,7 +150,7 @@ def continued(settings: ClipSettings, found: clips.Found, say: Say) -> BuiltClip
     built = _assembled(settings, found.config, words, found.spec, _teacher(settings))
     for line in [*found.fill(built.model), f"started from {settings.model.start}"]:
         say(line)
-    return _all_started(built)
+    return _all_started(settings, built)
 
 
 def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
@@ -168,7 +168,7 @@ def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
         told = f"its image encoder is not image_encoder.name={named} of these settings: give it as that run has it"
         raise UserError(f"model.start={place}: {told}") from None
     say(f"started from {place}")
-    return _all_started(built)
+    return _all_started(settings, built)
 
 
 def _words(named: str | None, own: str, text: TextConfig) -> Words:
@@ -199,7 +199,12 @@ def _trained(place: Path) -> BuiltClip:
     return built
 
 
-def _all_started(built: BuiltClip) -> BuiltClip:
+def _all_started(settings: ClipSettings, built: BuiltClip) -> BuiltClip:
+    """It learns a bias besides where settings ask for a sigmoid and it has none, a softmax's model."""
+    model, space = built.model, settings.model
+    if settings.objectives.loss == "sigmoid" and model.logit_bias is None:
+        model.logit_bias = nn.Parameter(torch.tensor([space.bias]))
+        built.config = replace(built.config, bias=space.bias)
     for tower in ("image", "text"):
         built.program.started |= _started(f"model.{tower}.encoder.", getattr(built.model, tower).encoder)
     return built

@@ -108,9 +108,7 @@ class Contrast(Program):
         has_idle_bias = objectives.loss == "softmax" and model.logit_bias is not None
         self.trains_all = not has_idle_bias and all(is_frozen(e) or isinstance(e, OURS) for e in encoders)
         self.rates = {"model.logit_scale": objectives.scale_lr, "model.logit_bias": objectives.bias_lr}
-        has_bias = objectives.loss == "sigmoid" and model.logit_bias is not None
-        self.has_threshold = has_bias and objectives.threshold
-        self.scale_before = model.logit_scale.detach()
+        self.scale_before: Tensor | None = None
         self.likeness: dict[str, Tensor] = {}
 
     @property
@@ -125,6 +123,10 @@ class Contrast(Program):
                 module.eval()
         return self
 
+    @property
+    def has_threshold(self) -> bool:
+        return self.objectives.threshold and self.objectives.loss == "sigmoid" and self.model.logit_bias is not None
+
     def before_step(self) -> None:
         self.scale_before = self.model.logit_scale.detach().clone()
 
@@ -136,7 +138,7 @@ class Contrast(Program):
             self.model.logit_scale.clamp_(-math.log(warmest), -math.log(coldest))
         elif self.objectives.loss == "softmax":
             self.model.logit_scale.clamp_(max=-math.log(COLDEST))
-        if self.has_threshold:
+        if self.has_threshold and self.scale_before is not None:
             self.model.logit_bias.mul_((self.model.logit_scale - self.scale_before).exp())
 
     def held(self, scale: Tensor, bias: Tensor) -> Tensor:

@@ -60,8 +60,13 @@ def has_weights(chosen: Encoder) -> bool:
 
 
 def freezes_bn(chosen: Encoder, is_start: bool = False) -> bool:
-    """Whether its batch norms keep their statistics where it is trained. is_start: another model gives its weights."""
-    return is_start or has_weights(chosen) if chosen.freeze_bn is None else chosen.freeze_bn
+    """Whether its batch norms keep their statistics where it is trained. is_start: another model gives its weights.
+    `UserError` where there are none to keep."""
+    was_trained = is_start or has_weights(chosen)
+    if chosen.freeze_bn and not (was_trained or chosen.frozen):
+        told = f"image_encoder.name={chosen.name} comes without weights, and its batch norms without statistics"
+        raise UserError(f"image_encoder.freeze_bn=true: {told}: leave it out, or give image_encoder.weights=FILE")
+    return was_trained if chosen.freeze_bn is None else chosen.freeze_bn
 
 
 def check_weights(chosen: Encoder) -> None:

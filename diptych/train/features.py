@@ -168,7 +168,7 @@ def _announce(kept: FeatureCache, new: int, what: str, watch: Watch) -> None:
 def key(chosen: Encoder, encoder: nn.Module) -> str:
     """A folder's name for an encoder as it stands: what it is, how pictures are prepared for it, its weights' bits, and
     the libraries that compute it."""
-    made = chosen.model_dump_json(exclude={"weights", "frozen"})
+    made = chosen.model_dump_json(exclude={"weights", "frozen", "freeze_bn"})
     what = (VERSION, made, encoder.spec, fingerprint(encoder), *map(version, MAKERS))
     digest = hashlib.blake2b(str(what).encode(), digest_size=8).hexdigest()
     plain = "".join(letter if letter.isalnum() else "-" for letter in chosen.name)[-40:]

@@ -104,7 +104,6 @@ def run(
         reason = _not_finite(told, norm)
         if reason is None:
             moves.step(program, number)
-            program.after_step()
             in_a_row = 0
         else:
             _take_back(counted)

@@ -30,9 +30,11 @@ class Moves:
     scaler: torch.amp.GradScaler = field(default_factory=_unscaled)
     average: Average | None = None
 
-    def step(self, program: nn.Module, number: int) -> None:
-        """Moves the weights by their gradients, which are unscaled; `number`, from 0, is the step's."""
+    def step(self, program: Program, number: int) -> None:
+        """Moves the weights by their gradients, which are unscaled, and does what the program wants done after that;
+        `number`, from 0, is the step's."""
         self.scaler.step(self.optimizer)
+        program.after_step()
         if self.average is not None:
             self.average.follow(program, number)
 

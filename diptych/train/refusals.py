@@ -56,9 +56,11 @@ def check_batch_norms(settings: PairSettings, program: Program, encoder: nn.Modu
     if encoder is None or is_frozen(encoder) or program.freeze_bn or (size == 1 and settings.train.accumulate == 1):
         return
     if batch_norms(encoder):
+        chosen = settings.image_encoder
+        other = "leave out image_encoder.freeze_bn=false" if chosen.freeze_bn is False else "give image_encoder.weights"
         raise UserError(
-            f"image_encoder.name={settings.image_encoder.name} has batch norms, which look at a whole batch: train it "
-            "in one process with train.accumulate=1, or give image_encoder.freeze_bn=true"
+            f"image_encoder.name={chosen.name} has batch norms, which look at a whole batch: train it in one process "
+            f"with train.accumulate=1, or {other}, for those that were trained before keep their statistics"
         )
 
 

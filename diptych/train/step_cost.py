@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from diptych.core.surgery import batch_norms
 from diptych.settings import Train
 from diptych.train import cost as pictures
 from diptych.train.flops import flop_counter
@@ -37,9 +38,11 @@ def cost(program: Program, train: Train, batch: Callable[[int], Any], work: floa
 
 
 def flops(program: Program, batch: Any) -> float:
-    """Of a row of `batch`, which has `COUNTED`, forward and backward."""
+    """Of a row of `batch`, which has `COUNTED`, forward and backward. Batch norms hear nothing of it."""
     was_training = program.training
     program.train()
+    for norm in batch_norms(program):
+        norm.eval()
     with flop_counter() as counter:
         program(batch)["loss"].backward()
     program.zero_grad(set_to_none=True)

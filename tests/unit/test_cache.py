@@ -199,6 +199,7 @@ def test_a_picture_that_changes_and_an_encoder_that_does_are_met_anew(tmp_path, 
     assert shown == 1 and [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [1, 1, 0, 1, 1]
     assert run(tmp_path, records, tower(1))[3] == 4
     assert key(Encoder(), tower()) == key(Encoder(weights="elsewhere.pth"), tower())
+    assert key(Encoder(), tower()) == key(Encoder(freeze_bn=True), tower())
     assert key(Encoder(), tower()) != key(Encoder(size=32), tower())
 
 

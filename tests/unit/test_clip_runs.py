@@ -110,8 +110,31 @@ def test_batch_norms_follow_the_batches_where_they_are_let(scenes, tmp_path):
     more = ["image_encoder.name=starter", "image_encoder.freeze_bn=false"]
     statistics, _ = batch_norms_after(trained(scenes, tmp_path / "run", *more))
     assert statistics and all(statistics)
-    with pytest.raises(UserError, match="give image_encoder.freeze_bn=true"):
+    with pytest.raises(UserError, match="leave out image_encoder.freeze_bn=false"):
         trained(scenes, tmp_path / "parts", *more, "train.accumulate=2")
+
+
+def test_a_sigmoid_goes_on_from_a_softmax_with_a_bias(scenes, tmp_path):
+    first = trained(scenes, tmp_path / "first")
+    folder = trained(scenes, tmp_path / "on", f"model.start={first}", "objectives.loss=sigmoid", "model.bias=-3")
+    biases = [row["bias"] for row in told(folder) if "bias" in row]
+    assert biases[0] == pytest.approx(-3, abs=0.1) and len(set(biases)) == len(biases)
+    assert diptych.load(folder).model.model.logit_bias.item() == pytest.approx(biases[-1])
+
+
+def test_averaged_temperatures_keep_within_bounds(scenes, tmp_path):
+    held = ["objectives.temperatures=[0.07,0.07]", "train.ema=0.5", "train.lr=1e-2"]
+    folder = trained(scenes, tmp_path / "run", *held)
+    scale = diptych.load(folder).model.model.logit_scale
+    assert scale.neg().exp().item() == pytest.approx(0.07, rel=1e-6)
+
+
+def test_counting_operations_moves_no_statistics(scenes, tmp_path):
+    more = ["image_encoder.name=starter", "image_encoder.freeze_bn=false"]
+    made = clip.made(settings(scenes, tmp_path, *more), watch(tmp_path), [])
+    before = {name: tensor.clone() for name, tensor in made.program.named_buffers()}
+    assert made.work() > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.program.named_buffers())
 
 
 def test_going_on_gives_the_same_bits(scenes, tmp_path):

@@ -16,12 +16,13 @@ from diptych.core.attention import Tap, only_at
 from diptych.core.block import Block, QueryBlock
 from diptych.core.config import StackConfig
 from diptych.core.masks import causal, padding
+from diptych.core.memory import Past
 from diptych.core.relative import RelativeKey
 from diptych.core.stack import Stack
 from diptych.core.surgery import capture
-from diptych.models.clip import ClipConfig, dual_encoder
+from diptych.models.clip import ClipConfig, FirstCell, ImageTower, dual_encoder
 from diptych.models.language import TextConfig
-from diptych.models.vision import VisionConfig
+from diptych.models.vision import ImageTokens, VisionConfig, VisionTransformer
 from tests.unit.drawn import EXACT, drawn, numbers
 
 ROWS, LENGTH, PLACES = 3, 5, torch.tensor([[0], [2], [3]])
@@ -84,6 +85,29 @@ def test_recomputing_its_inside_changes_nothing():
     wanted = answers(model, PLACES, mask=MASKS["both"])
     model.checkpoint_last = 2
     torch.testing.assert_close(answers(model, PLACES, mask=MASKS["both"]), wanted, **EXACT)
+
+
+def test_what_came_before_and_a_scale_on_every_branch():
+    config = StackConfig(8, 2, 2, 16, layer_scale=0.1)
+    model, x = drawn(Stack(config)), numbers(ROWS, 2 + LENGTH, 8)
+    for only in (None, PLACES):
+        past = Past.empty(2)
+        model(x[:, :2], past=past)
+        found = model(x[:, 2:], causal(LENGTH, 2), past=past, only=only)
+        if only is None:
+            wanted = only_at(found, PLACES)
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
+class Mine(VisionTransformer):
+    def forward(self, pixels: Tensor) -> ImageTokens:
+        return super().forward(pixels)
+
+
+def test_an_encoder_with_a_forward_of_its_own_is_asked_as_it_is():
+    seen = drawn(Mine(VisionConfig(StackConfig(8, 1, 2, 32), 8, 2)))
+    tower = ImageTower(seen, FirstCell(), torch.nn.Identity())
+    assert tower(numbers(2, 3, 8, 8)).shape == (2, 8)
 
 
 def flops(asked) -> int:
