@@ -14,9 +14,10 @@ the one beside it on both sides (`objectives.positives=pair`). Seconds are of th
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def line(told: dict[str, Told], steps: int) -> str:
 def draw(told: dict[str, Told], batch: int, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -158,6 +160,9 @@ def draw(told: dict[str, Told], batch: int, out: Path) -> None:
                 *zip(*points, strict=True), style + mark, color=COLOURS[name], label=f"{label}, {WAYS[way]}", ms=4
             )
     losses.set(xlabel="thousand pairs seen", ylabel="loss of a batch", yscale="log")
+    losses.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
+    losses.yaxis.set_minor_locator(NullLocator())
+    losses.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     recall.set(xlabel="thousand pairs seen", ylabel="recall@1 among the held-out pictures, %", ylim=(0, 100))
     for axes in (losses, recall):
         axes.legend(frameon=False, fontsize=7)
@@ -187,8 +192,9 @@ def main() -> None:
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     draw(told, settings.train.batch, chosen.out)
+    chosen.out.with_suffix(".json").write_text(json.dumps({name: asdict(side) for name, side in told.items()}))
     apart = max(abs(a - b) / b for a, b in zip(told["ours"].losses[:20], told["theirs"].losses[:20], strict=True))
-    print(f"losses of the first 20 steps: {apart:.1e} apart, relative; drawn: {chosen.out}")
+    print(f"losses of the first 20 steps: {apart:.1e} apart, relative; drawn: {chosen.out}, figures beside it")
 
 
 if __name__ == "__main__":
