@@ -69,8 +69,8 @@ class Stack(nn.Module):
         lead = 0 if memory is None else memory.lookers or 0
         layout = layout_of(tokens, lead) if self.packs else RECTANGLE
         x = layout.pack(x)
+        first = len(self.blocks) - self.checkpoint_last if self.training else len(self.blocks)
         last = len(self.blocks) - 1
-        first = last + 1 - self.checkpoint_last if self.training else last + 1
         is_narrow = only is not None and self.narrows and layout is RECTANGLE and self.blocks[last].narrows
         for i, block in enumerate(self.blocks):
             context = (mask, memory and memory.block(i), past and past.block(i), (positions, keys), layout)

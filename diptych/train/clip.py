@@ -150,7 +150,7 @@ def continued(settings: ClipSettings, found: clips.Found, say: Say) -> BuiltClip
     built = _assembled(settings, found.config, words, found.spec, _teacher(settings))
     for line in [*found.fill(built.model), f"started from {settings.model.start}"]:
         say(line)
-    return _all_started(settings, built)
+    return _all_started(_biased(settings, built))
 
 
 def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
@@ -168,7 +168,7 @@ def _after(settings: ClipSettings, place: Path, say: Say) -> BuiltClip:
         told = f"its image encoder is not image_encoder.name={named} of these settings: give it as that run has it"
         raise UserError(f"model.start={place}: {told}") from None
     say(f"started from {place}")
-    return _all_started(settings, built)
+    return _all_started(_biased(settings, built))
 
 
 def _words(named: str | None, own: str, text: TextConfig) -> Words:
@@ -199,12 +199,16 @@ def _trained(place: Path) -> BuiltClip:
     return built
 
 
-def _all_started(settings: ClipSettings, built: BuiltClip) -> BuiltClip:
-    """It learns a bias besides where settings ask for a sigmoid and it has none, a softmax's model."""
+def _biased(settings: ClipSettings, built: BuiltClip) -> BuiltClip:
+    """With a bias to learn where settings ask for a sigmoid and a softmax's model has none."""
     model, space = built.model, settings.model
     if settings.objectives.loss == "sigmoid" and model.logit_bias is None:
         model.logit_bias = nn.Parameter(torch.tensor([space.bias]))
         built.config = replace(built.config, bias=space.bias)
+    return built
+
+
+def _all_started(built: BuiltClip) -> BuiltClip:
     for tower in ("image", "text"):
         built.program.started |= _started(f"model.{tower}.encoder.", getattr(built.model, tower).encoder)
     return built

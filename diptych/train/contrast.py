@@ -25,7 +25,7 @@ from diptych.models.vision import ImageTokens, VisionTransformer
 from diptych.objectives import chunked, contrastive, gather, sigmoid
 from diptych.objectives.targets import Ids, Smoothed, Teacher
 from diptych.train.parallel import whole
-from diptych.train.program import Program, Rest, run_frozen
+from diptych.train.program import Program, Rest, graph_of, run_frozen
 
 COLDEST = 0.01  # where a softmax is learned: cosines are never multiplied by more than 100 (Radford et al. 2021, §2.5)
 OURS = (VisionTransformer, ModifiedResNet, TextModel)  # each weight of these is looked at in every pass
@@ -167,7 +167,7 @@ class Contrast(Program):
             return ImageTokens(batch.tokens, (side, side), prefix)
         if batch.pixels is None:
             raise ValueError("a batch brings image tokens, or pixels")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(encoder)):
+        with graph_of(encoder):
             return self.model.image.see(normalised(batch.pixels, self.model.image.spec))
 
     def encode(self, batch: PairBatch) -> Pairs:

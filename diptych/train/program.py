@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,12 @@ class Program(nn.Module):
         return self
 
 
+def graph_of(module: nn.Module) -> AbstractContextManager:
+    """Within, no graph is recorded where nothing in `module` is trained."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(module))
+
+
 def run_frozen(module: nn.Module, *inputs: Tensor) -> Any:
     """`module(*inputs)`, without a graph where nothing in it is trained."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(module)):
+    with graph_of(module):
         return module(*inputs)
